@@ -1,0 +1,1 @@
+//! bonepile: the coordinator crate.

@@ -1,0 +1,5 @@
+//! bonepile's worker: the agent of a box, and the executors that run shards on its devices.
+//!
+//! Layout:
+//! - `agent` (feature `agent`): the daemon. Async, light, no ML inside.
+//! - `executor`, `experiment`, `model`, `cache` (feature `executor`): the child process that computes.

@@ -1,1 +1,42 @@
-//! bonepile: the protocol crate.
+//! What bonepile's coordinator and workers agree on.
+//!
+//! Pure by default: no tokio, no quinn, no candle, no SQLite. The two optional features add what both sides would otherwise
+//! write twice: `quic` (endpoint settings, certificates, framed streams) and `models` (bringing known models to a box).
+//!
+//! Layout:
+//! - [`ids`], [`time`], [`limits`], [`error`]: the words everything else is made of.
+//! - [`experiment`], [`sweep`], [`results`]: what researchers submit and what they get.
+//! - [`hardware`], [`catalogue`]: devices, and the models known by name.
+//! - [`frame`], [`control`], [`peer`], [`exec`]: the three conversations and their one codec.
+//! - [`packet`]: a cache on the wire or on disk.
+//! - [`identity`]: roles, join tokens, names in certificates.
+//! - [`store`]: the results store: layout, manifests, publishing, checking.
+//! - [`config`]: `cluster.toml`.
+
+pub mod catalogue;
+pub mod config;
+pub mod control;
+pub mod error;
+pub mod exec;
+pub mod experiment;
+pub mod frame;
+pub mod hardware;
+pub mod identity;
+pub mod ids;
+pub mod limits;
+#[cfg(feature = "models")]
+pub mod models;
+pub mod packet;
+pub mod peer;
+#[cfg(feature = "quic")]
+pub mod quic;
+pub mod results;
+pub mod store;
+pub mod sweep;
+pub mod time;
+
+/// Version of this build, as it appears in manifests and greetings: the package version and the source commit if known.
+pub const BUILD: &str = match option_env!("BONEPILE_COMMIT") {
+    Some(commit) => commit,
+    None => env!("CARGO_PKG_VERSION"),
+};

@@ -1,0 +1,1 @@
+//! `cluster.toml`: the coordinator's settings, parsed from text. Does not read files or the environment.

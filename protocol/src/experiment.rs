@@ -1,0 +1,228 @@
+//! Experiment kinds and what one shard of each is asked to do. The procedures live in the worker, the files in [`crate::sweep`].
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::Role;
+
+/// What one shard does: the kind with its parameters, complete, so that two equal specs mean the same computation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShardSpec {
+    /// Cache inspection (E1 in the literature of this project): the shape and statistics of a model's KV cache.
+    Inspect(InspectSpec),
+    /// Same-model cache transfer (E2): caches made by a source, injected by a target, against oracle and controls.
+    Transfer(TransferSpec),
+}
+
+impl ShardSpec {
+    /// The kind's name as written in a sweep.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Inspect(_) => "inspect",
+            Self::Transfer(_) => "transfer",
+        }
+    }
+
+    /// Catalogue names of the models that every seat must have.
+    pub fn models(&self) -> Vec<&str> {
+        match self {
+            Self::Inspect(spec) => vec![&spec.model],
+            Self::Transfer(spec) => vec![&spec.model],
+        }
+    }
+
+    /// The seats, in the order they are placed.
+    pub fn roles(&self) -> &'static [Role] {
+        match self {
+            Self::Inspect(_) => &[Role::Main],
+            Self::Transfer(_) => &[Role::Source, Role::Target],
+        }
+    }
+
+    /// Where the seats may sit relative to each other.
+    pub fn spread(&self) -> Spread {
+        match self {
+            Self::Inspect(_) => Spread::Any,
+            Self::Transfer(spec) => spec.spread,
+        }
+    }
+
+    /// One line for tables: kind, model and what tells this shard from its siblings.
+    pub fn summary(&self) -> String {
+        match self {
+            Self::Inspect(spec) => format!("inspect {} layers={}", spec.model, spec.layers),
+            Self::Transfer(spec) => {
+                format!("transfer {} facts={}..{}", spec.model, spec.first_fact, spec.first_fact + spec.facts)
+            }
+        }
+    }
+}
+
+/// Where the seats of a shard may sit relative to each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Spread {
+    /// The scheduler chooses.
+    Any,
+    /// Each seat on a device of its own.
+    Devices,
+    /// Each seat on a worker of its own, so that caches cross the network.
+    Workers,
+}
+
+/// Which layers an inspection reports. Gemma mixes layers that see a sliding window with layers that see everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LayerSelection {
+    /// Every layer.
+    All,
+    /// Only layers with full attention.
+    Full,
+    /// Only layers with a sliding window.
+    Sliding,
+}
+
+impl std::fmt::Display for LayerSelection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::All => "all",
+            Self::Full => "full",
+            Self::Sliding => "sliding",
+        })
+    }
+}
+
+/// Parameters of a shard of kind `inspect`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InspectSpec {
+    /// Catalogue name of the model.
+    pub model: String,
+    /// Layers reported.
+    pub layers: LayerSelection,
+    /// Number of courier-fact texts prefilled, 1–256.
+    pub texts: u32,
+    /// Seed of the texts.
+    pub seed: u64,
+}
+
+/// Parameters of a shard of kind `transfer`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TransferSpec {
+    /// Catalogue name of the model, source and target alike.
+    pub model: String,
+    /// Index of the first fact.
+    pub first_fact: u32,
+    /// Number of facts, 2 or more: another subject's cache comes from the same shard.
+    pub facts: u32,
+    /// Conditions scored, in this order; the oracle is always computed.
+    pub conditions: Vec<Condition>,
+    /// Longest answer generated, tokens, 1–64.
+    pub answer_tokens: u32,
+    /// Where the two seats sit.
+    pub spread: Spread,
+    /// Seed of the facts and of the noise.
+    pub seed: u64,
+}
+
+/// What the target is given before it reads the question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Condition {
+    /// The source's text itself: the oracle everything else is measured against.
+    Text,
+    /// Nothing.
+    NoContext,
+    /// The source's cache at its own positions.
+    Injected,
+    /// The cache with the question `n` positions late, keys as they were.
+    Shifted(u32),
+    /// The same, keys re-rotated to where they now stand.
+    Rerotated(u32),
+    /// Noise with the cache's own per-layer mean and standard deviation.
+    MatchedNoise,
+    /// The cache of another subject.
+    OtherSubject,
+    /// The recipe of the seed's phase 2a: cache of prompt and generated tokens, BOS again in mid-sequence.
+    Naive,
+    /// The source's keys with the target's values of the neutral text.
+    KeysOnly,
+    /// The source's values with the target's keys of the neutral text.
+    ValuesOnly,
+}
+
+impl Condition {
+    /// What a sweep that names no conditions gets: all that the issue of honest transfer needs.
+    pub const DEFAULT: [Self; 9] = [
+        Self::Text,
+        Self::NoContext,
+        Self::Injected,
+        Self::Shifted(128),
+        Self::Rerotated(128),
+        Self::MatchedNoise,
+        Self::OtherSubject,
+        Self::Naive,
+        Self::Rerotated(1024),
+    ];
+}
+
+impl std::fmt::Display for Condition {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Text => f.write_str("text"),
+            Self::NoContext => f.write_str("no-context"),
+            Self::Injected => f.write_str("injected"),
+            Self::Shifted(gap) => write!(f, "shifted+{gap}"),
+            Self::Rerotated(gap) => write!(f, "rerotated+{gap}"),
+            Self::MatchedNoise => f.write_str("matched-noise"),
+            Self::OtherSubject => f.write_str("other-subject"),
+            Self::Naive => f.write_str("naive"),
+            Self::KeysOnly => f.write_str("keys-only"),
+            Self::ValuesOnly => f.write_str("values-only"),
+        }
+    }
+}
+
+impl std::str::FromStr for Condition {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let gap = |digits: &str| {
+            digits
+                .parse::<u32>()
+                .ok()
+                .filter(|gap| (1..=1_000_000).contains(gap))
+                .ok_or_else(|| format!("`{digits}` is not a gap in tokens (1 to 1000000)"))
+        };
+        match text {
+            "text" => Ok(Self::Text),
+            "no-context" => Ok(Self::NoContext),
+            "injected" => Ok(Self::Injected),
+            "matched-noise" => Ok(Self::MatchedNoise),
+            "other-subject" => Ok(Self::OtherSubject),
+            "naive" => Ok(Self::Naive),
+            "keys-only" => Ok(Self::KeysOnly),
+            "values-only" => Ok(Self::ValuesOnly),
+            _ => match text.split_once('+') {
+                Some(("shifted", digits)) => gap(digits).map(Self::Shifted),
+                Some(("rerotated", digits)) => gap(digits).map(Self::Rerotated),
+                _ => Err(format!("unknown condition `{text}`; expected one of {}", Self::NAMES.join(", "))),
+            },
+        }
+    }
+}
+
+impl Condition {
+    /// Every condition as a sweep writes it; `N` is a gap in tokens.
+    pub const NAMES: [&'static str; 10] = [
+        "text",
+        "no-context",
+        "injected",
+        "shifted+N",
+        "rerotated+N",
+        "matched-noise",
+        "other-subject",
+        "naive",
+        "keys-only",
+        "values-only",
+    ];
+}

@@ -1,0 +1,1 @@
+//! Roles, join tokens, names in certificates.

@@ -1,0 +1,1 @@
+//! Bringing known models to this box.

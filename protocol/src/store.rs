@@ -1,0 +1,1 @@
+//! The results store: layout, manifests, publishing, checking.

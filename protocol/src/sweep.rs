@@ -1,0 +1,1 @@
+//! Sweeps as users write them.

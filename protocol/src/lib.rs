@@ -11,7 +11,7 @@
 //! - [`packet`]: a cache on the wire or on disk.
 //! - [`identity`]: roles, join tokens, names in certificates.
 //! - [`store`]: the results store: layout, manifests, publishing, checking.
-//! - [`config`]: `cluster.toml`.
+//! - [`config`]: `cluster.toml`. [`source`]: reading TOML with errors that point into the text.
 
 pub mod catalogue;
 pub mod config;
@@ -31,6 +31,7 @@ pub mod peer;
 #[cfg(feature = "quic")]
 pub mod quic;
 pub mod results;
+pub mod source;
 pub mod store;
 pub mod sweep;
 pub mod time;

@@ -1,1 +1,292 @@
-//! Sweeps as users write them.
+//! Sweeps as researchers write them: TOML with a matrix, refused whole if anything is wrong.
+//!
+//! ```toml
+//! name = "first-look"          # 1–100 characters
+//! seed = 42                    # default 0; every shard's randomness comes from it
+//! priority = 0                 # -100 to 100, higher first; default 0
+//!
+//! [[experiment]]
+//! kind = "inspect"
+//! texts = 16
+//! [experiment.matrix]          # every combination of one value of each list
+//! model = ["smollm2-135m-instruct", "gemma-3-270m"]
+//! layers = ["all", "full"]
+//! ```
+//!
+//! Keys of each kind are documented at its `read_…` function. Does not check whether a model is present anywhere: the
+//! scheduler knows that, and says so in `explain`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::catalogue;
+use crate::error::{SourceError, nearest};
+use crate::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
+use crate::limits::{SHARDS_PER_RUN_MAX, SWEEP_BYTES_MAX};
+use crate::source::{Source, TableReader, from_toml_text};
+
+/// A sweep that was read without complaint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sweep {
+    /// For people; not unique.
+    pub name: String,
+    /// Seed of everything random in it.
+    pub seed: u64,
+    /// Higher goes first, -100 to 100.
+    pub priority: i32,
+    /// What is to be done, in the order of the text; at least one.
+    pub shards: Vec<ShardSpec>,
+}
+
+impl Sweep {
+    /// Reads a sweep from `text`; `file` is only for complaints.
+    ///
+    /// # Errors
+    /// The first thing wrong with it, with its place in the text.
+    pub fn parse(file: &str, text: &str) -> Result<Self, SourceError> {
+        if text.len() > SWEEP_BYTES_MAX {
+            let message = format!("{} bytes are over the limit of {SWEEP_BYTES_MAX}", text.len());
+            return Err(SourceError::whole(file, message));
+        }
+        let source = Source { file, text };
+        let table = source.parse()?;
+        let mut root = TableReader::root(source, &table);
+        let name: String = root.required("name")?;
+        if name.trim().is_empty() || name.chars().count() > 100 || name.chars().any(char::is_control) {
+            return Err(root.complain("name", "expected 1 to 100 printable characters"));
+        }
+        let seed = root.number("seed", 0..=u64::MAX, Some(0))?;
+        let priority = root.optional::<i64>("priority")?.unwrap_or(0);
+        let priority = i32::try_from(priority)
+            .ok()
+            .filter(|priority| (-100..=100).contains(priority))
+            .ok_or_else(|| root.complain("priority", "expected a whole number from -100 to 100"))?;
+        let experiments = root.tables("experiment")?;
+        if experiments.is_empty() {
+            return Err(root
+                .complain("experiment", "missing; expected at least one [[experiment]]")
+                .hint("see examples/first-look.toml"));
+        }
+        root.finish()?;
+        let mut shards = Vec::new();
+        for experiment in experiments {
+            shards.extend(read_experiment(experiment, seed)?);
+            if shards.len() > SHARDS_PER_RUN_MAX {
+                let message = format!("the matrix has over {SHARDS_PER_RUN_MAX} shards");
+                return Err(SourceError::whole(file, message).hint("split it into several sweeps"));
+            }
+        }
+        Ok(Self { name, seed, priority, shards })
+    }
+}
+
+fn read_experiment(mut experiment: TableReader<'_>, seed: u64) -> Result<Vec<ShardSpec>, SourceError> {
+    let matrix = experiment.table("matrix")?;
+    let cells = match &matrix {
+        Some(matrix) => experiment.combinations(matrix)?,
+        None => vec![experiment],
+    };
+    let mut shards = Vec::new();
+    for mut cell in cells {
+        let kind: String = cell.required("kind")?;
+        match kind.as_str() {
+            "inspect" => shards.push(read_inspect(&mut cell, seed)?),
+            "transfer" => shards.extend(read_transfer(&mut cell, seed)?),
+            _ => {
+                let known = ["inspect", "transfer"];
+                let error =
+                    cell.complain("kind", format!("unknown kind `{kind}`; expected one of {}", known.join(", ")));
+                return Err(match nearest(&kind, known) {
+                    Some(near) => error.hint(format!("did you mean `{near}`?")),
+                    None => error,
+                });
+            }
+        }
+        cell.finish()?;
+    }
+    Ok(shards)
+}
+
+/// `model`, `layers` (all, full, sliding; default all), `texts` (1–256, default 16).
+fn read_inspect(cell: &mut TableReader<'_>, seed: u64) -> Result<ShardSpec, SourceError> {
+    Ok(ShardSpec::Inspect(InspectSpec {
+        model: read_model(cell)?,
+        layers: cell.optional("layers")?.unwrap_or(LayerSelection::All),
+        texts: small(cell, "texts", 1, 256, 16)?,
+        seed,
+    }))
+}
+
+/// `model`, `facts` (2–4096, default 16), `facts_per_shard` (2–64, default 4), `conditions` (default
+/// [`Condition::DEFAULT`]), `answer_tokens` (1–64, default 8), `spread` (any, devices, workers; default any).
+fn read_transfer(cell: &mut TableReader<'_>, seed: u64) -> Result<Vec<ShardSpec>, SourceError> {
+    let model = read_model(cell)?;
+    let facts = small(cell, "facts", 2, 4096, 16)?;
+    let per_shard = small(cell, "facts_per_shard", 2, 64, 4)?;
+    let conditions = cell.optional::<Vec<Condition>>("conditions")?.unwrap_or_else(|| Condition::DEFAULT.to_vec());
+    if conditions.is_empty() {
+        return Err(cell.complain("conditions", "the list is empty; leave the key out for the usual ones"));
+    }
+    if let Some(twice) = (1..conditions.len()).find(|i| conditions[..*i].contains(&conditions[*i])) {
+        return Err(cell.complain("conditions", format!("`{}` stands there twice", conditions[twice])));
+    }
+    let answer_tokens = small(cell, "answer_tokens", 1, 64, 8)?;
+    let spread = cell.optional("spread")?.unwrap_or(Spread::Any);
+    // The last shard takes a remainder of one fact along: a shard needs a second subject.
+    let shards = (facts / per_shard).max(1);
+    Ok((0..shards)
+        .map(|shard| {
+            let first_fact = shard * per_shard;
+            let facts = if shard + 1 == shards { facts - first_fact } else { per_shard };
+            ShardSpec::Transfer(TransferSpec {
+                model: model.clone(),
+                first_fact,
+                facts,
+                conditions: conditions.clone(),
+                answer_tokens,
+                spread,
+                seed,
+            })
+        })
+        .collect())
+}
+
+fn read_model(cell: &mut TableReader<'_>) -> Result<String, SourceError> {
+    let model: String = cell.required("model")?;
+    if catalogue::model(&model).is_some() {
+        return Ok(model);
+    }
+    let known = catalogue::MODELS.iter().map(|known| known.name);
+    let names: Vec<_> = known.clone().collect();
+    let error = cell.complain("model", format!("unknown model `{model}`; expected one of {}", names.join(", ")));
+    Err(match nearest(&model, known) {
+        Some(near) => error.hint(format!("did you mean `{near}`?")),
+        None => error.hint("`bonepile models list` shows every known model"),
+    })
+}
+
+fn small(cell: &mut TableReader<'_>, key: &'static str, min: u32, max: u32, default: u32) -> Result<u32, SourceError> {
+    let number = cell.number(key, u64::from(min)..=u64::from(max), Some(u64::from(default)))?;
+    Ok(u32::try_from(number).expect("the range ends at a u32"))
+}
+
+from_toml_text!(Condition, "the name of a condition");
+from_toml_text!(LayerSelection, "all, full or sliding");
+from_toml_text!(Spread, "any, devices or workers");
+
+impl std::str::FromStr for LayerSelection {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "all" => Ok(Self::All),
+            "full" => Ok(Self::Full),
+            "sliding" => Ok(Self::Sliding),
+            _ => Err(format!("unknown selection `{text}`; expected all, full or sliding")),
+        }
+    }
+}
+
+impl std::str::FromStr for Spread {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "any" => Ok(Self::Any),
+            "devices" => Ok(Self::Devices),
+            "workers" => Ok(Self::Workers),
+            _ => Err(format!("unknown spread `{text}`; expected any, devices or workers")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+name = "first-look"
+seed = 42
+
+[[experiment]]
+kind = "inspect"
+[experiment.matrix]
+model = ["smollm2-135m-instruct", "gemma-3-270m"]
+layers = ["all", "full"]
+
+[[experiment]]
+kind = "transfer"
+model = "smollm2-135m-instruct"
+facts = 9
+spread = "workers"
+"#;
+
+    fn complaint(text: &str) -> String {
+        let error = Sweep::parse("s.toml", text).unwrap_err();
+        match &error.hint {
+            Some(hint) => format!("{error} | {hint}"),
+            None => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn a_matrix_becomes_every_combination_and_facts_become_shards() {
+        let sweep = Sweep::parse("s.toml", GOOD).unwrap();
+        let summaries: Vec<_> = sweep.shards.iter().map(ShardSpec::summary).collect();
+        assert_eq!(
+            summaries,
+            [
+                "inspect smollm2-135m-instruct layers=all",
+                "inspect smollm2-135m-instruct layers=full",
+                "inspect gemma-3-270m layers=all",
+                "inspect gemma-3-270m layers=full",
+                "transfer smollm2-135m-instruct facts=0..4",
+                "transfer smollm2-135m-instruct facts=4..9",
+            ]
+        );
+    }
+
+    #[test]
+    fn complaints_name_place_key_expectation_and_hint() {
+        let swap = |from: &str, to: &str| complaint(&GOOD.replace(from, to));
+        assert_eq!(
+            swap("spread =", "spraed ="),
+            "s.toml:15:1: key \"experiment.spraed\": unknown key; expected one of matrix, kind, model, facts, \
+             facts_per_shard, conditions, answer_tokens, spread | did you mean `spread`?"
+        );
+        assert_eq!(
+            swap("\"gemma-3-270m\"", "\"gemma-3-270\""),
+            "s.toml:8:35: key \"experiment.model\": unknown model `gemma-3-270`; expected one of \
+             smollm2-135m-instruct, gemma-3-270m | did you mean `gemma-3-270m`?"
+        );
+        assert_eq!(
+            swap("facts = 9", "facts = 1"),
+            "s.toml:14:9: key \"experiment.facts\": 1 is out of range; expected 2 to 4096"
+        );
+        assert_eq!(
+            swap("seed = 42", "seed = \"42\""),
+            "s.toml:3:8: key \"seed\": expected a whole number, 0 or more, found a text"
+        );
+        assert_eq!(
+            swap("kind = \"transfer\"", "kind = \"transfr\""),
+            "s.toml:12:8: key \"experiment.kind\": unknown kind `transfr`; expected one of inspect, transfer | \
+             did you mean `transfer`?"
+        );
+        assert_eq!(
+            swap("layers = [\"all\", \"full\"]", "layers = []"),
+            "s.toml:9:1: key \"experiment.matrix.layers\": the list is empty, so the matrix has no cell"
+        );
+        assert_eq!(swap("name = \"first-look\"", ""), "s.toml:1:1: key \"name\": missing; expected a text in quotes");
+        assert!(swap("[experiment.matrix]", "[experiment.matrix").starts_with("s.toml:7:"));
+        assert!(complaint("name = \"x\"").contains("at least one [[experiment]]"));
+        assert!(complaint("name = \"x\"\nexperiment = 3").contains("expected tables [[experiment]]"));
+    }
+
+    #[test]
+    fn conditions_are_checked_one_by_one() {
+        let with = |list: &str| format!("{GOOD}conditions = {list}\n");
+        assert!(Sweep::parse("s.toml", &with("[\"text\", \"shifted+16\"]")).is_ok());
+        assert!(complaint(&with("[\"shifted+0\"]")).contains("not a gap in tokens"));
+        assert!(complaint(&with("[\"naiv\"]")).contains("unknown condition `naiv`"));
+        assert!(complaint(&with("[\"text\", \"text\"]")).contains("stands there twice"));
+    }
+}

@@ -1,1 +1,13 @@
 //! bonepile: the coordinator crate.
+//!
+//! Layout:
+//! - [`scheduler`]: pure, builds alone (`--no-default-features`); everything else is behind the feature `runtime`.
+//! - [`driver`]: the only loop.
+//! - [`api`]: what the HTTP API says.
+
+pub mod scheduler;
+
+#[cfg(feature = "runtime")]
+pub mod api;
+#[cfg(feature = "runtime")]
+pub mod driver;

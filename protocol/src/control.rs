@@ -419,6 +419,14 @@ pub mod refusal {
     pub const BAD_REQUEST: u16 = 14;
     /// Too many tries.
     pub const RATE: u16 = 15;
+    /// The coordinator is stopping or cannot write its journal: try again later.
+    pub const UNAVAILABLE: u16 = 16;
+    /// The greeting is over a limit of [`crate::limits`].
+    pub const TOO_MUCH: u16 = 17;
+    /// The journal does not know this worker, or not with this key.
+    pub const WORKER_UNKNOWN: u16 = 18;
+    /// The worker's certificate was revoked.
+    pub const WORKER_REVOKED: u16 = 19;
 }
 
 /// Codes with which a connection is closed.

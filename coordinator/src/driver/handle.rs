@@ -1,0 +1,311 @@
+//! What net and HTTP hold of the driver: every question and every order, answered once it is durable.
+//!
+//! Does not decide and does not keep anything: a handle is the sending end of the driver's bounded queue.
+
+use std::net::SocketAddr;
+
+use protocol::control::{Hello, Refused, ToCoordinator, ToWorker, Welcome, close, refusal};
+use protocol::experiment::ShardSpec;
+use protocol::ids::{RunId, ShardId, TokenId, WorkerId};
+use protocol::time::UnixMillis;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::api::{
+    ApiError, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunSummary, SubmitAnswer, TokenRow,
+    TokenState, WorkerRow,
+};
+
+/// Inputs that wait for the driver at most; a full queue makes senders wait (back-pressure up to each worker's stream).
+pub const COMMANDS_QUEUED_MAX: usize = 1024;
+
+/// The driver's loop has ended: the coordinator stops, or its journal cannot be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the coordinator is stopping")]
+pub struct Gone;
+
+impl From<Gone> for ApiError {
+    fn from(gone: Gone) -> Self {
+        Self::new(ErrorCode::Stopping, gone.to_string()).hint("try again once it is back")
+    }
+}
+
+impl From<Gone> for Refused {
+    fn from(gone: Gone) -> Self {
+        Self { code: refusal::UNAVAILABLE, text: gone.to_string() }
+    }
+}
+
+/// A sweep, parsed and expanded, to be accepted as a run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewRun {
+    /// The sweep's name.
+    pub name: String,
+    /// Higher goes first.
+    pub priority: i32,
+    /// The sweep's seed.
+    pub seed: u64,
+    /// Name of the file as submitted.
+    pub file: String,
+    /// The file's text.
+    pub text: String,
+    /// What each shard does; at least one, at most [`protocol::limits::SHARDS_PER_RUN_MAX`].
+    pub specs: Vec<ShardSpec>,
+}
+
+/// What net needs to check a join token's proof.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenRecord {
+    /// SHA-256 of the secret.
+    pub secret_hash: [u8; 32],
+    /// Where it stands now.
+    pub state: TokenState,
+    /// When it stops working.
+    pub expires_at: UnixMillis,
+}
+
+/// One input of the driver. Replies come once the events they depend on are durable; a dropped reply means [`Gone`].
+#[derive(Debug)]
+#[expect(
+    missing_docs,
+    reason = "each variant is the method of the same name on DriverHandle, its fields the arguments"
+)]
+pub enum Command {
+    Connected {
+        worker: WorkerId,
+        session: u64,
+        hello: Hello,
+        observed: SocketAddr,
+        spki_sha256: [u8; 32],
+        outbox: mpsc::Sender<ToWorker>,
+        reply: oneshot::Sender<Result<Welcome, Refused>>,
+    },
+    Message {
+        worker: WorkerId,
+        session: u64,
+        message: ToCoordinator,
+    },
+    Disconnected {
+        worker: WorkerId,
+        session: u64,
+    },
+    Token {
+        id: TokenId,
+        reply: oneshot::Sender<Option<TokenRecord>>,
+    },
+    Redeem {
+        id: TokenId,
+        spki_sha256: [u8; 32],
+        hostname: String,
+        reply: oneshot::Sender<Result<WorkerId, Refused>>,
+    },
+    Admissible {
+        worker: WorkerId,
+        spki_sha256: [u8; 32],
+        reply: oneshot::Sender<Result<(), u32>>,
+    },
+    Submit {
+        run: NewRun,
+        reply: oneshot::Sender<Result<SubmitAnswer, ApiError>>,
+    },
+    Runs {
+        reply: oneshot::Sender<Vec<RunSummary>>,
+    },
+    Run {
+        run: RunId,
+        reply: oneshot::Sender<Result<RunDetail, ApiError>>,
+    },
+    Explain {
+        shard: ShardId,
+        reply: oneshot::Sender<Result<Explanation, ApiError>>,
+    },
+    Cancel {
+        run: RunId,
+        reason: String,
+        reply: oneshot::Sender<Result<RunSummary, ApiError>>,
+    },
+    Retry {
+        run: RunId,
+        reply: oneshot::Sender<Result<RetryAnswer, ApiError>>,
+    },
+    Workers {
+        reply: oneshot::Sender<Vec<WorkerRow>>,
+    },
+    Drain {
+        worker: WorkerId,
+        on: bool,
+        reply: oneshot::Sender<Result<WorkerRow, ApiError>>,
+    },
+    RevokeWorker {
+        worker: WorkerId,
+        reply: oneshot::Sender<Result<WorkerRow, ApiError>>,
+    },
+    CreateToken {
+        secret_hash: [u8; 32],
+        ttl_ms: u64,
+        uses: u32,
+        reply: oneshot::Sender<Result<TokenRow, ApiError>>,
+    },
+    Tokens {
+        reply: oneshot::Sender<Vec<TokenRow>>,
+    },
+    RevokeToken {
+        id: TokenId,
+        reply: oneshot::Sender<Result<TokenRow, ApiError>>,
+    },
+    Cluster {
+        reply: oneshot::Sender<ClusterInfo>,
+    },
+}
+
+/// Asks and orders the driver. Cheap to clone; when the last one is dropped the driver ends.
+#[derive(Debug, Clone)]
+pub struct DriverHandle {
+    commands: mpsc::Sender<Command>,
+}
+
+impl DriverHandle {
+    /// A handle and the queue it feeds, for [`super`] and for tests of what holds a handle.
+    pub fn channel() -> (Self, mpsc::Receiver<Command>) {
+        let (commands, queue) = mpsc::channel(COMMANDS_QUEUED_MAX);
+        (Self { commands }, queue)
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Gone> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| Gone)?;
+        answer.await.map_err(|_| Gone)
+    }
+}
+
+/// For net.
+impl DriverHandle {
+    /// A worker's session begins: its certificate is checked and its first message was `hello`.
+    ///
+    /// `session` is larger than any session number handed in before for this worker; it fences messages of older
+    /// connections. `observed` is where the connection comes from. The driver sends through `outbox` without waiting: if it
+    /// is full, or a newer session begins, or the worker is revoked, the driver drops it, and net closes the connection
+    /// (with [`Self::admissible`]'s code if that refuses now).
+    ///
+    /// # Errors
+    /// With a code of [`refusal`]; net sends it and closes.
+    pub async fn connected(
+        &self,
+        worker: WorkerId,
+        session: u64,
+        hello: Hello,
+        observed: SocketAddr,
+        spki_sha256: [u8; 32],
+        outbox: mpsc::Sender<ToWorker>,
+    ) -> Result<Welcome, Refused> {
+        self.ask(|reply| Command::Connected { worker, session, hello, observed, spki_sha256, outbox, reply }).await?
+    }
+
+    /// A message of a session that began. Waits only while the driver's queue is full.
+    ///
+    /// # Errors
+    /// [`Gone`]: close the connection with [`close::RESTARTING`].
+    pub async fn message(&self, worker: WorkerId, session: u64, message: ToCoordinator) -> Result<(), Gone> {
+        self.commands.send(Command::Message { worker, session, message }).await.map_err(|_| Gone)
+    }
+
+    /// The session's connection is closed. Of an older session: changes nothing.
+    pub async fn disconnected(&self, worker: WorkerId, session: u64) {
+        // If the driver is gone it has no use for the news.
+        let _ = self.commands.send(Command::Disconnected { worker, session }).await;
+    }
+
+    /// What is needed to check the proof of a box that joins. `None`: no such token, or the coordinator is stopping.
+    pub async fn token(&self, id: TokenId) -> Option<TokenRecord> {
+        self.ask(|reply| Command::Token { id, reply }).await.ok().flatten()
+    }
+
+    /// Uses a token whose proof was checked: names the worker, in the journal before this returns. The same key with the
+    /// same token again, before the token expires, gets the same worker: an answer may be lost on the way.
+    ///
+    /// # Errors
+    /// `TOKEN_UNKNOWN`, `TOKEN_EXPIRED`, `TOKEN_USED`, `TOKEN_REVOKED`, `UNAVAILABLE` of [`refusal`].
+    pub async fn redeem(&self, id: TokenId, spki_sha256: [u8; 32], hostname: String) -> Result<WorkerId, Refused> {
+        self.ask(|reply| Command::Redeem { id, spki_sha256, hostname, reply }).await?
+    }
+
+    /// Whether a worker with this key may have a connection.
+    ///
+    /// # Errors
+    /// The code of [`close`] to close with: `REVOKED`; `ROLE` if the journal does not know it; `RESTARTING`.
+    pub async fn admissible(&self, worker: WorkerId, spki_sha256: [u8; 32]) -> Result<(), u32> {
+        self.ask(|reply| Command::Admissible { worker, spki_sha256, reply }).await.unwrap_or(Err(close::RESTARTING))
+    }
+}
+
+/// For HTTP. Each answers with what the API says, [`ErrorCode::Stopping`] included.
+impl DriverHandle {
+    /// Accepts a run, whole.
+    pub async fn submit(&self, run: NewRun) -> Result<SubmitAnswer, ApiError> {
+        self.ask(|reply| Command::Submit { run, reply }).await?
+    }
+
+    /// Every run, newest first.
+    pub async fn runs(&self) -> Result<Vec<RunSummary>, ApiError> {
+        Ok(self.ask(|reply| Command::Runs { reply }).await?)
+    }
+
+    /// One run with its shards.
+    pub async fn run(&self, run: RunId) -> Result<RunDetail, ApiError> {
+        self.ask(|reply| Command::Run { run, reply }).await?
+    }
+
+    /// Why a shard is where it is.
+    pub async fn explain(&self, shard: ShardId) -> Result<Explanation, ApiError> {
+        self.ask(|reply| Command::Explain { shard, reply }).await?
+    }
+
+    /// Ends what is left of a run.
+    pub async fn cancel(&self, run: RunId, reason: String) -> Result<RunSummary, ApiError> {
+        self.ask(|reply| Command::Cancel { run, reason, reply }).await?
+    }
+
+    /// Reopens a run's failed shards, with a fresh count of tries.
+    pub async fn retry(&self, run: RunId) -> Result<RetryAnswer, ApiError> {
+        self.ask(|reply| Command::Retry { run, reply }).await?
+    }
+
+    /// Every worker that ever joined.
+    pub async fn workers(&self) -> Result<Vec<WorkerRow>, ApiError> {
+        Ok(self.ask(|reply| Command::Workers { reply }).await?)
+    }
+
+    /// No new work for a worker.
+    pub async fn drain(&self, worker: WorkerId) -> Result<WorkerRow, ApiError> {
+        self.ask(|reply| Command::Drain { worker, on: true, reply }).await?
+    }
+
+    /// New work for a worker again.
+    pub async fn undrain(&self, worker: WorkerId) -> Result<WorkerRow, ApiError> {
+        self.ask(|reply| Command::Drain { worker, on: false, reply }).await?
+    }
+
+    /// Refuses a worker's certificate from now on.
+    pub async fn revoke_worker(&self, worker: WorkerId) -> Result<WorkerRow, ApiError> {
+        self.ask(|reply| Command::RevokeWorker { worker, reply }).await?
+    }
+
+    /// Makes a token of which the journal keeps only the secret's SHA-256. `ttl_ms` from now; `uses` 1 or more.
+    pub async fn create_token(&self, secret_hash: [u8; 32], ttl_ms: u64, uses: u32) -> Result<TokenRow, ApiError> {
+        self.ask(|reply| Command::CreateToken { secret_hash, ttl_ms, uses, reply }).await?
+    }
+
+    /// Every token, newest first.
+    pub async fn tokens(&self) -> Result<Vec<TokenRow>, ApiError> {
+        Ok(self.ask(|reply| Command::Tokens { reply }).await?)
+    }
+
+    /// Withdraws a token; boxes that joined with it stay.
+    pub async fn revoke_token(&self, id: TokenId) -> Result<TokenRow, ApiError> {
+        self.ask(|reply| Command::RevokeToken { id, reply }).await?
+    }
+
+    /// The cluster in one page.
+    pub async fn cluster(&self) -> Result<ClusterInfo, ApiError> {
+        Ok(self.ask(|reply| Command::Cluster { reply }).await?)
+    }
+}

@@ -1,1 +1,0 @@
-//! The results store: layout, manifests, publishing, checking.

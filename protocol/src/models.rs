@@ -1,1 +1,0 @@
-//! Bringing known models to this box.

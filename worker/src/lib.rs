@@ -3,3 +3,10 @@
 //! Layout:
 //! - `agent` (feature `agent`): the daemon. Async, light, no ML inside.
 //! - `executor`, `experiment`, `model`, `cache` (feature `executor`): the child process that computes.
+
+#[cfg(feature = "executor")]
+pub mod cache;
+#[cfg(feature = "executor")]
+pub mod model;
+#[cfg(feature = "executor")]
+pub mod random;

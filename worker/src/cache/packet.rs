@@ -1,0 +1,242 @@
+//! A cache as a safetensors file, and back: bit-exact, and refused unless it fits the model at hand.
+//!
+//! The header's fields are `protocol::packet`'s; this file writes and checks them against real tensors. Checks come before
+//! use: sizes against the bytes there are, the model's fingerprint and settings, then every number. Does not sign,
+//! compress or encrypt.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use protocol::packet::{FORMAT, METADATA_KEY, PacketHeader, RopeFacts};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::json;
+
+use super::error::CacheError;
+use super::layout::CacheLayout;
+use super::value::{KvCache, LayerKv};
+use crate::model::config::LayerConfig;
+use crate::model::rope::RopeScaling;
+
+/// How a packet spells the type of its numbers.
+const DTYPE: &str = "F32";
+
+impl KvCache {
+    /// What a receiver must know about this cache.
+    pub fn header(&self) -> PacketHeader {
+        let number = |value: usize| u32::try_from(value).expect("sizes of models and caches fit 32 bits");
+        let held = || self.layers.keys().map(|index| &self.layout.layers[*index]);
+        PacketHeader {
+            format: FORMAT,
+            model_fingerprint: self.layout.fingerprint.clone(),
+            architecture: self.layout.architecture.to_owned(),
+            model_layers: number(self.layout.layers.len()),
+            layers: self.layers.keys().map(|index| number(*index)).collect(),
+            kv_heads: number(self.layout.kv_heads),
+            head_dim: number(self.layout.head_dim),
+            dtype: DTYPE.to_owned(),
+            rotated: self.rotated,
+            rope: held().map(|layer| rope_facts(layer, self.layout.head_dim)).collect(),
+            sliding_window: held().map(|layer| layer.window.map(number)).collect(),
+            positions: self.positions.clone(),
+            token_ids: self.tokens.clone().unwrap_or_default(),
+            generated: number(self.generated),
+        }
+    }
+
+    /// The cache as the bytes of a safetensors file: tensors in layer order, K before V.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let header = serde_json::to_string(&self.header()).expect("a header is plain data with string keys");
+        let mut directory = BTreeMap::from([("__metadata__".to_owned(), json!({ METADATA_KEY: header }))]);
+        let tensor_bytes = self.layout.layer_len(self.len()) * size_of::<f32>();
+        let shape = [self.layout.kv_heads, self.len(), self.layout.head_dim];
+        let mut offset = 0;
+        for index in self.layers.keys() {
+            for part in ["k", "v"] {
+                let entry = json!({ "dtype": DTYPE, "shape": shape, "data_offsets": [offset, offset + tensor_bytes] });
+                directory.insert(format!("layer.{index}.{part}"), entry);
+                offset += tensor_bytes;
+            }
+        }
+        let mut directory = serde_json::to_vec(&directory).expect("plain data with string keys");
+        // safetensors pads its directory with spaces so that tensors are aligned.
+        directory.resize(directory.len().next_multiple_of(8), b' ');
+        let mut bytes = Vec::with_capacity(8 + directory.len() + offset);
+        bytes.extend_from_slice(&(directory.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(&directory);
+        for layer in self.layers.values() {
+            for values in [&layer.k, &layer.v] {
+                bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            }
+        }
+        bytes
+    }
+
+    /// Reads a packet made for the model of `layout`.
+    ///
+    /// # Errors
+    /// [`CacheError::Packet`] if the bytes are not a consistent packet, [`CacheError::Fingerprint`] and
+    /// [`CacheError::Layout`] if it is another model's, [`CacheError::NotFinite`] for NaN and infinities.
+    pub fn from_bytes(bytes: &[u8], layout: &Arc<CacheLayout>) -> Result<Self, CacheError> {
+        let file = SafeTensors::deserialize(bytes).map_err(|error| broken(error.to_string()))?;
+        let (_, directory) = SafeTensors::read_metadata(bytes).map_err(|error| broken(error.to_string()))?;
+        let header = directory.metadata().as_ref().and_then(|metadata| metadata.get(METADATA_KEY));
+        let header = header.ok_or_else(|| broken(format!("metadata {METADATA_KEY} is missing")))?;
+        let header: PacketHeader = serde_json::from_str(header).map_err(|error| broken(error.to_string()))?;
+        check_header(&header, layout)?;
+        if file.len() != 2 * header.layers.len() {
+            return Err(broken(format!("{} tensors for {} layers", file.len(), header.layers.len())));
+        }
+        let shape = [layout.kv_heads, header.positions.len(), layout.head_dim];
+        let mut layers = BTreeMap::new();
+        for index in &header.layers {
+            let index = *index as usize;
+            let k = tensor(&file, index, "k", "keys", &shape)?;
+            let v = tensor(&file, index, "v", "values", &shape)?;
+            layers.insert(index, LayerKv { k, v });
+        }
+        let tokens = (header.token_ids.len() == header.positions.len()).then_some(header.token_ids);
+        let cache = Self::new(Arc::clone(layout), layers, header.positions, tokens, header.rotated)?;
+        Ok(cache.with_generated(header.generated as usize))
+    }
+
+    /// Writes the packet to a file.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`].
+    pub fn save(&self, path: &Path) -> Result<(), CacheError> {
+        std::fs::write(path, self.to_bytes()).map_err(|source| CacheError::Io { path: path.to_path_buf(), source })
+    }
+
+    /// Reads a packet from a file, for the model of `layout`.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`], and as [`KvCache::from_bytes`].
+    pub fn load(path: &Path, layout: &Arc<CacheLayout>) -> Result<Self, CacheError> {
+        let bytes = std::fs::read(path).map_err(|source| CacheError::Io { path: path.to_path_buf(), source })?;
+        Self::from_bytes(&bytes, layout)
+    }
+}
+
+fn broken(what: String) -> CacheError {
+    CacheError::Packet { what }
+}
+
+fn rope_facts(layer: &LayerConfig, head_dim: usize) -> RopeFacts {
+    let (linear_factor, divisors) = match &layer.rope.scaling {
+        RopeScaling::None => (1.0, Vec::new()),
+        RopeScaling::Linear(factor) => (*factor, Vec::new()),
+        RopeScaling::Divisors(divisors) => (1.0, divisors.clone()),
+    };
+    let dims = u32::try_from(head_dim).expect("a head's width fits 32 bits");
+    RopeFacts { base: layer.rope.base, dims, linear_factor, divisors }
+}
+
+/// Refuses a header that contradicts itself or the model.
+fn check_header(header: &PacketHeader, layout: &CacheLayout) -> Result<(), CacheError> {
+    if header.format != FORMAT {
+        return Err(broken(format!("format {}, this build reads {FORMAT}", header.format)));
+    }
+    if header.model_fingerprint != layout.fingerprint {
+        let (expected, got) = (layout.fingerprint.clone(), header.model_fingerprint.clone());
+        return Err(CacheError::Fingerprint { expected, got });
+    }
+    let same = |what: &str, expected: String, got: String| {
+        if expected == got { Ok(()) } else { Err(CacheError::Layout { what: what.to_owned(), expected, got }) }
+    };
+    same("the architecture", layout.architecture.to_owned(), header.architecture.clone())?;
+    same("the number of layers", layout.layers.len().to_string(), header.model_layers.to_string())?;
+    same("the number of heads", layout.kv_heads.to_string(), header.kv_heads.to_string())?;
+    same("the head dimension", layout.head_dim.to_string(), header.head_dim.to_string())?;
+    same("the type of numbers", DTYPE.to_owned(), header.dtype.clone())?;
+    if !header.layers.is_sorted_by(|a, b| a < b)
+        || header.layers.last().is_some_and(|last| *last >= header.model_layers)
+    {
+        return Err(broken("layers are not ascending below the model's number of layers".to_owned()));
+    }
+    if header.rope.len() != header.layers.len() || header.sliding_window.len() != header.layers.len() {
+        return Err(broken("RoPE and windows must be stated once a layer".to_owned()));
+    }
+    for ((index, rope), window) in header.layers.iter().zip(&header.rope).zip(&header.sliding_window) {
+        let layer = &layout.layers[*index as usize];
+        let expected = rope_facts(layer, layout.head_dim);
+        same(&format!("RoPE of layer {index}"), format!("{expected:?}"), format!("{rope:?}"))?;
+        let got = window.map(|window| window as usize);
+        same(&format!("the window of layer {index}"), format!("{:?}", layer.window), format!("{got:?}"))?;
+    }
+    let columns = header.positions.len();
+    if !header.token_ids.is_empty() && header.token_ids.len() != columns {
+        return Err(broken(format!("{} token ids for {columns} positions", header.token_ids.len())));
+    }
+    if header.generated as usize > columns {
+        return Err(broken(format!("{} generated of {columns} tokens", header.generated)));
+    }
+    Ok(())
+}
+
+fn tensor(
+    file: &SafeTensors<'_>,
+    layer: usize,
+    name: &str,
+    part: &'static str,
+    shape: &[usize],
+) -> Result<Vec<f32>, CacheError> {
+    let name = format!("layer.{layer}.{name}");
+    let view = file.tensor(&name).map_err(|_| broken(format!("tensor {name} is missing")))?;
+    if view.dtype() != Dtype::F32 || view.shape() != shape {
+        let (dtype, got) = (view.dtype(), view.shape());
+        return Err(broken(format!("tensor {name} is {dtype:?} {got:?}, expected F32 {shape:?}")));
+    }
+    let (words, _) = view.data().as_chunks::<4>();
+    let values: Vec<f32> = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
+    if values.iter().all(|value| value.is_finite()) { Ok(values) } else { Err(CacheError::NotFinite { layer, part }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::value::tests::sample;
+
+    #[test]
+    fn a_packet_comes_back_bit_for_bit() {
+        for cache in [sample(5), sample(5).unrotated(), sample(0), sample(3).select_layers(&[1]).unwrap()] {
+            let cache = cache.with_generated(2);
+            assert_eq!(KvCache::from_bytes(&cache.to_bytes(), cache.layout()).unwrap(), cache);
+        }
+    }
+
+    #[test]
+    fn another_model_is_refused() {
+        let cache = sample(3);
+        let mut other = (**cache.layout()).clone();
+        other.fingerprint = "sha256:11".to_owned();
+        let refused = KvCache::from_bytes(&cache.to_bytes(), &Arc::new(other));
+        assert!(matches!(refused, Err(CacheError::Fingerprint { .. })), "{refused:?}");
+        let mut other = (**cache.layout()).clone();
+        other.layers[1].window = None;
+        let refused = KvCache::from_bytes(&cache.to_bytes(), &Arc::new(other));
+        assert!(matches!(refused, Err(CacheError::Layout { .. })), "{refused:?}");
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_refused() {
+        let mut cache = sample(3);
+        cache.layers.get_mut(&1).unwrap().v[7] = f32::NAN;
+        let refused = KvCache::from_bytes(&cache.to_bytes(), cache.layout());
+        assert!(matches!(refused, Err(CacheError::NotFinite { layer: 1, part: "values" })), "{refused:?}");
+    }
+
+    #[test]
+    fn damaged_bytes_are_an_error_and_never_a_panic() {
+        let cache = sample(3);
+        let bytes = cache.to_bytes();
+        for length in 0..bytes.len() {
+            assert!(KvCache::from_bytes(&bytes[..length], cache.layout()).is_err(), "{length}");
+        }
+        for at in 0..bytes.len().min(2000) {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 0x55;
+            let _ = KvCache::from_bytes(&damaged, cache.layout());
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! A loaded model: identity, settings, tokenizer, weights; and how sequences run through it.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+
+use super::config::{ConfigError, ModelConfig};
+use super::context::{Context, LayerBuffers};
+use super::decoder::{Decoder, Logits, Observer};
+use super::error::ModelError;
+use super::gguf::{Gguf, GgufError};
+use super::tokenizer::{BuildError, Tokenizer};
+use super::weights::{WeightError, Weights};
+use crate::cache::{CacheLayout, KvCache, LayerKv};
+
+/// Tokens that one pass takes at most; longer texts run in pieces, which bounds attention scores to this times S.
+pub const PASS_TOKENS_MAX: usize = 512;
+
+/// How a model is loaded.
+#[derive(Debug, Clone, Default)]
+pub struct LoadOptions {
+    /// The file must have this fingerprint, `sha256:` and 64 hex digits. None: any file is taken.
+    pub expected_fingerprint: Option<String>,
+}
+
+/// A model that can run. Immutable, so threads may share it; run one at a time, for all its work is parallel already.
+#[derive(Debug)]
+pub struct Model {
+    path: PathBuf,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    decoder: Decoder,
+    layout: Arc<CacheLayout>,
+}
+
+impl Model {
+    /// Loads a GGUF file. Weights become f32, except embedding and head, which stay as stored and are dequantised where
+    /// they are used: SmolLM2-135M takes about 0.45 GB, Gemma 3 270M about 0.6 GB.
+    ///
+    /// # Errors
+    /// [`ModelError::CorruptModel`] for another file than expected; otherwise what is wrong with the file, by name.
+    pub fn load(path: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        let fingerprint = fingerprint(path)?;
+        if let Some(expected) = options.expected_fingerprint.as_ref().filter(|expected| **expected != fingerprint) {
+            let (path, expected) = (path.to_path_buf(), expected.clone());
+            return Err(ModelError::CorruptModel { path, expected, got: fingerprint });
+        }
+        let in_file = |source: GgufError| ModelError::Gguf { path: path.to_path_buf(), source };
+        let gguf = Gguf::open(path).map_err(in_file)?;
+        let mut weights = Weights::new(&gguf);
+        let taken = |error: WeightError| match error {
+            WeightError::Gguf(source) => in_file(source),
+            WeightError::Model(error) => error,
+            WeightError::Tensor(error) => error.into(),
+        };
+        let divisors = "rope_freqs.weight";
+        let divisors = weights.has(divisors).then(|| weights.vector(divisors, None)).transpose().map_err(taken)?;
+        let config = ModelConfig::from_metadata(&gguf.metadata, divisors).map_err(|error| match error {
+            ConfigError::Gguf(source) => in_file(source),
+            ConfigError::Model(error) => error,
+        })?;
+        let decoder = Decoder::load(&config, &mut weights).map_err(taken)?;
+        weights.finish().map_err(taken)?;
+        let tokenizer = Tokenizer::from_metadata(&gguf.metadata).map_err(|error| match error {
+            BuildError::Gguf(source) => in_file(source),
+            BuildError::Model(error) => error,
+        })?;
+        if tokenizer.size() != decoder.vocabulary() {
+            let name = "token_embd.weight".to_owned();
+            let (expected, got) = (vec![tokenizer.size(), config.hidden], vec![decoder.vocabulary(), config.hidden]);
+            return Err(ModelError::TensorShape { name, expected, got });
+        }
+        let layout = Arc::new(CacheLayout::new(&config, fingerprint));
+        Ok(Self { path: path.to_path_buf(), config, tokenizer, decoder, layout })
+    }
+
+    /// The file it came from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `sha256:` and the digest of the file.
+    pub fn fingerprint(&self) -> &str {
+        &self.layout.fingerprint
+    }
+
+    /// Sizes and settings.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Text to ids and back.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// What a cache must look like to fit.
+    pub fn layout(&self) -> &Arc<CacheLayout> {
+        &self.layout
+    }
+
+    /// A sequence that has seen nothing.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if memory runs out.
+    pub fn start(&self) -> Result<Context, ModelError> {
+        let buffers = || LayerBuffers::new(self.config.kv_heads, self.config.head_dim);
+        let layers = self.config.layers.iter().map(|_| buffers()).collect::<Result<_, _>>()?;
+        Ok(Context { layers, positions: Vec::new(), tokens: Some(Vec::new()) })
+    }
+
+    /// A sequence that has seen what `cache` holds. Keys are rotated to their positions if they are not.
+    ///
+    /// # Errors
+    /// [`ModelError::Cache`] if the cache is another model's or lacks layers: nothing is injected then.
+    pub fn inject(&self, cache: &KvCache) -> Result<Context, ModelError> {
+        let mut context = self.start()?;
+        self.append(&mut context, cache)?;
+        Ok(context)
+    }
+
+    /// Adds the columns of `cache` after what `context` holds, at the positions that the cache states.
+    ///
+    /// # Errors
+    /// As [`Model::inject`]; the context is unchanged then.
+    pub fn append(&self, context: &mut Context, cache: &KvCache) -> Result<(), ModelError> {
+        cache.check_fits(&self.layout)?;
+        if cache.is_empty() {
+            return Ok(());
+        }
+        self.check_positions(cache.positions())?;
+        let rotated = cache.rotated();
+        let shape = (self.config.kv_heads, rotated.len(), self.config.head_dim);
+        for (buffers, (_, layer)) in context.layers.iter_mut().zip(rotated.layers()) {
+            let k = Tensor::from_slice(&layer.k, shape, &Device::Cpu)?;
+            buffers.append(&k, &Tensor::from_slice(&layer.v, shape, &Device::Cpu)?)?;
+        }
+        context.positions.extend_from_slice(rotated.positions());
+        context.tokens = match (context.tokens.take(), rotated.tokens()) {
+            (Some(mut known), Some(more)) => {
+                known.extend_from_slice(more);
+                Some(known)
+            }
+            _ => None,
+        };
+        Ok(())
+    }
+
+    /// Copies what `context` holds out of it. Nothing that happens to the context afterwards changes the copy.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if memory runs out.
+    pub fn extract(&self, context: &Context) -> Result<KvCache, ModelError> {
+        let copy = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+        let mut layers = Vec::with_capacity(context.layers.len());
+        for buffers in &context.layers {
+            let (k, v) = buffers.views()?;
+            layers.push(LayerKv { k: copy(&k)?, v: copy(&v)? });
+        }
+        let (positions, tokens) = (context.positions.clone(), context.tokens.clone());
+        Ok(KvCache::new(Arc::clone(&self.layout), layers.into_iter().enumerate(), positions, tokens, true)?)
+    }
+
+    /// Runs tokens at consecutive positions after what the context holds; logits of the last one, `[vocabulary]`.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn prefill(&self, context: &mut Context, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+        self.prefill_at(context, tokens, context.next_position())
+    }
+
+    /// The same with the first token at `position`, which may leave a gap.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn prefill_at(&self, context: &mut Context, tokens: &[u32], position: i64) -> Result<Vec<f32>, ModelError> {
+        let positions: Vec<i64> = (position..).take(tokens.len()).collect();
+        let mut rows = self.forward(context, tokens, &positions, Logits::Last, None)?;
+        Ok(rows.pop().expect("one row was asked for"))
+    }
+
+    /// Runs `tokens` at `positions` after what `context` holds, adds them to it, and returns the logits asked for, a row
+    /// a token. Columns already held are seen by every new token, whatever their positions, unless a window hides them.
+    ///
+    /// More than [`PASS_TOKENS_MAX`] tokens run in several passes. Same tokens split alike: same bits.
+    ///
+    /// # Errors
+    /// Ids outside the vocabulary, positions outside the context length, no tokens; the context is unchanged then.
+    pub fn forward(
+        &self,
+        context: &mut Context,
+        tokens: &[u32],
+        positions: &[i64],
+        logits: Logits,
+        mut observer: Option<&mut Observer<'_>>,
+    ) -> Result<Vec<Vec<f32>>, ModelError> {
+        if tokens.len() != positions.len() || tokens.is_empty() {
+            return Err(ModelError::Input { tokens: tokens.len(), positions: positions.len() });
+        }
+        let vocabulary = self.decoder.vocabulary();
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= vocabulary) {
+            return Err(ModelError::TokenRange { id: *id, vocabulary });
+        }
+        self.check_positions(positions)?;
+        let mut rows = Vec::new();
+        let passes = tokens.len().div_ceil(PASS_TOKENS_MAX);
+        let pieces = tokens.chunks(PASS_TOKENS_MAX).zip(positions.chunks(PASS_TOKENS_MAX));
+        for (pass, (tokens, positions)) in pieces.enumerate() {
+            let wanted = if logits == Logits::Last && pass + 1 < passes { Logits::None } else { logits };
+            let observer = observer.as_mut().map(|observer| &mut **observer as &mut Observer<'_>);
+            if let Some(tensor) = self.decoder.forward(&self.config, context, tokens, positions, wanted, observer)? {
+                rows.extend(tensor.to_vec2::<f32>()?);
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Extends a sequence by the likeliest token each time, up to `count` tokens or until the model ends its text. The
+    /// end token is not among the result. `logits` are those at the last position so far.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn generate(&self, context: &mut Context, mut logits: Vec<f32>, count: usize) -> Result<Vec<u32>, ModelError> {
+        let mut generated = Vec::new();
+        while generated.len() < count {
+            let next = argmax(&logits);
+            if self.tokenizer.is_end(next) {
+                break;
+            }
+            generated.push(next);
+            logits = self.prefill(context, &[next])?;
+        }
+        Ok(generated)
+    }
+
+    fn check_positions(&self, positions: &[i64]) -> Result<(), ModelError> {
+        let context = self.config.context_length;
+        match positions.iter().find(|position| position.unsigned_abs() >= context as u64) {
+            None => Ok(()),
+            Some(position) => Err(ModelError::ContextLength { position: *position, context }),
+        }
+    }
+}
+
+/// The token with the largest logit; the first of equals.
+///
+/// # Panics
+/// If there are no logits: a vocabulary is never empty.
+pub fn argmax(logits: &[f32]) -> u32 {
+    assert!(!logits.is_empty(), "a vocabulary is never empty");
+    let mut best = 0;
+    for (id, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = id;
+        }
+    }
+    u32::try_from(best).expect("ids are u32")
+}
+
+/// `sha256:` and the digest of a file's bytes.
+///
+/// # Errors
+/// [`ModelError::Io`] if it cannot be read.
+pub fn fingerprint(path: &Path) -> Result<String, ModelError> {
+    let failed = |source| ModelError::Io { path: path.to_path_buf(), source };
+    let mut file = File::open(path).map_err(failed)?;
+    let mut digest = ring::digest::Context::new(&ring::digest::SHA256);
+    let mut block = vec![0; 1 << 20];
+    loop {
+        let read = file.read(&mut block).map_err(failed)?;
+        if read == 0 {
+            break;
+        }
+        digest.update(&block[..read]);
+    }
+    let hex: String = digest.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(format!("sha256:{hex}"))
+}

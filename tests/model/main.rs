@@ -1,0 +1,10 @@
+//! Tests of the model layer, one binary.
+//!
+//! - `reference`: the two real models against independently computed numbers; skipped where the files are absent.
+//! - `families`: every family on tiny random models written by `tiny`: prefill, caches, moves, packets.
+//! - `damage`: files that lie, are cut or are garbage.
+//! - `text`: tokenizers and chat templates.
+
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests panic, and say on stderr what they skip and measure")]
+
+mod reference;

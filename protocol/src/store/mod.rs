@@ -22,6 +22,8 @@ mod fsck;
 mod manifest;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "quic")]
+pub mod threads;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};

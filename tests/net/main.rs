@@ -1,0 +1,8 @@
+//! The coordinator's port over loopback: joining, admission, sessions, garbage, uploads. No executor, no worker process.
+
+#![allow(clippy::unwrap_used, reason = "tests panic")]
+
+mod admission;
+mod joining;
+mod session;
+mod support;

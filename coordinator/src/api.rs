@@ -10,7 +10,7 @@ use protocol::results::ShardResult;
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
-pub use crate::scheduler::{RunState, ShardState, TokenState, WorkerState};
+pub use crate::scheduler::{RunState, ShardState, TokenState, Verdict, WorkerState};
 
 /// Paths, version included. Served over the cluster's unix socket.
 pub mod route {
@@ -387,20 +387,6 @@ pub struct DeviceReason {
     pub verdict: Verdict,
     /// Why, in words.
     pub reason: String,
-}
-
-/// Whether a seat fits on a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Verdict {
-    /// A seat was put there.
-    Chosen,
-    /// It would do.
-    Fits,
-    /// Not as things are, but waiting may help.
-    NotNow,
-    /// Waiting will not help: someone must change something.
-    Never,
 }
 
 /// A token to make.

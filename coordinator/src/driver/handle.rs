@@ -5,7 +5,6 @@
 use std::net::SocketAddr;
 
 use protocol::control::{Hello, Refused, ToCoordinator, ToWorker, Welcome, close, refusal};
-use protocol::experiment::ShardSpec;
 use protocol::ids::{RunId, ShardId, TokenId, WorkerId};
 use protocol::time::UnixMillis;
 use tokio::sync::{mpsc, oneshot};
@@ -14,6 +13,8 @@ use crate::api::{
     ApiError, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunSummary, SubmitAnswer, TokenRow,
     TokenState, WorkerRow,
 };
+
+pub use crate::scheduler::NewRun;
 
 /// Inputs that wait for the driver at most; a full queue makes senders wait (back-pressure up to each worker's stream).
 pub const COMMANDS_QUEUED_MAX: usize = 1024;
@@ -33,23 +34,6 @@ impl From<Gone> for Refused {
     fn from(gone: Gone) -> Self {
         Self { code: refusal::UNAVAILABLE, text: gone.to_string() }
     }
-}
-
-/// A sweep, parsed and expanded, to be accepted as a run.
-#[derive(Debug, Clone, PartialEq)]
-pub struct NewRun {
-    /// The sweep's name.
-    pub name: String,
-    /// Higher goes first.
-    pub priority: i32,
-    /// The sweep's seed.
-    pub seed: u64,
-    /// Name of the file as submitted.
-    pub file: String,
-    /// The file's text.
-    pub text: String,
-    /// What each shard does; at least one, at most [`protocol::limits::SHARDS_PER_RUN_MAX`].
-    pub specs: Vec<ShardSpec>,
 }
 
 /// What net needs to check a join token's proof.

@@ -85,6 +85,20 @@ states!(
     }
 );
 
+states!(
+    /// Whether a seat fits on a device.
+    Verdict {
+        /// A seat was put there.
+        Chosen = "chosen",
+        /// It would do.
+        Fits = "fits",
+        /// Not as things are, but waiting may help.
+        NotNow = "not now",
+        /// Waiting will not help: someone must change something.
+        Never = "never",
+    }
+);
+
 impl RunState {
     /// Whether the run is over (a `retry` may still reopen it).
     pub fn is_terminal(self) -> bool {

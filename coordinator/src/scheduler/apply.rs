@@ -1,0 +1,392 @@
+//! The one way the state changes, for live operation and for replay: one event at a time, each checked against the state.
+//!
+//! Decides nothing: an event that does not fit the state is an error that names both, and the state is left as it was.
+
+use protocol::control::Retry;
+use protocol::ids::{AttemptId, Role, RunId, ShardId, TokenId, WorkerId};
+
+use super::event::{AttemptPlaced, Event, Record, Report, RunAccepted, SeatCompleted, TokenCreated};
+use super::state::{Attempt, AttemptState, Outcome, Run, Seat, Shard, State, Token, Worker};
+use super::status::{RunState, ShardState};
+
+/// An event does not fit the state: the journal is damaged, or this build has a bug.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("event {seq} ({kind}) does not fit the state: {detail}")]
+pub struct IllegalTransition {
+    /// Sequence number of the event.
+    pub seq: u64,
+    /// Its [`Event::kind`].
+    pub kind: &'static str,
+    /// What was found instead of what it needs.
+    pub detail: String,
+}
+
+/// Why an event does not fit; [`State::apply`] adds which event.
+type Misfit = String;
+
+impl State {
+    /// Applies one event.
+    ///
+    /// # Errors
+    /// If the event does not follow from the state: a gap in the numbers, an unknown subject, a subject in another state.
+    pub fn apply(&mut self, record: &Record) -> Result<(), IllegalTransition> {
+        let misfit = |detail| IllegalTransition { seq: record.seq, kind: record.event.kind(), detail };
+        if record.seq != self.seq + 1 {
+            return Err(misfit(format!("event {} was expected next", self.seq + 1)));
+        }
+        if record.at < self.at {
+            return Err(misfit(format!("its time {} lies before {}", record.at.0, self.at.0)));
+        }
+        self.change(record).map_err(misfit)?;
+        self.seq = record.seq;
+        self.at = record.at;
+        Ok(())
+    }
+
+    fn change(&mut self, record: &Record) -> Result<(), Misfit> {
+        match &record.event {
+            Event::SettingsChanged(settings) => {
+                self.settings = *settings;
+                Ok(())
+            }
+            Event::TokenCreated(created) => self.token_created(created, record),
+            Event::TokenRevoked { token } => self.token_mut(*token).map(|token| token.revoked = true),
+            Event::TokenRedeemed { token, worker, spki_sha256 } => self.token_redeemed(*token, *worker, spki_sha256),
+            Event::WorkerRegistered { worker, hostname, spki_sha256 } => {
+                self.worker_registered(*worker, hostname, *spki_sha256, record)
+            }
+            Event::DevicesReported { worker, report } => self.devices_reported(*worker, report),
+            Event::ModelFoundMissing { worker, model } => {
+                self.worker_mut(*worker)?.missing_models.insert(model.clone());
+                Ok(())
+            }
+            Event::DrainStarted { worker } => self.worker_mut(*worker).map(|worker| worker.draining = true),
+            Event::DrainEnded { worker } => self.worker_mut(*worker).map(|worker| worker.draining = false),
+            Event::WorkerRevoked { worker } => self.worker_mut(*worker).map(|worker| worker.revoked = true),
+            Event::RunAccepted(accepted) => self.run_accepted(accepted, record),
+            Event::AttemptPlaced(placed) => self.attempt_placed(placed, record),
+            Event::SeatFreed { attempt, role } => self.seat_freed(*attempt, *role),
+            Event::SeatCompleted(completed) => self.seat_completed(completed, record),
+            Event::ShardCommitted { attempt } => self.shard_committed(*attempt, record),
+            Event::AttemptFailed { attempt, role, failure } => {
+                let state = AttemptState::Failed { role: *role, failure: failure.clone() };
+                self.attempt_failed(*attempt, state, failure.kind.retry(), record)
+            }
+            Event::AttemptResumed { attempt } => self.attempt_resumed(*attempt),
+            Event::ShardRequeued { shard, not_before } => {
+                self.between_attempts(*shard)?.not_before = *not_before;
+                self.set_state(*shard, ShardState::Waiting)
+            }
+            Event::ShardFailed { shard } => {
+                self.between_attempts(*shard)?;
+                self.set_state(*shard, ShardState::Failed)
+            }
+            Event::ShardReopened { shard } => self.shard_reopened(*shard),
+            Event::RunFinished { run, state } => self.run_finished(*run, *state, record),
+            Event::RunCancelled { run, reason } => self.run_cancelled(*run, reason, record),
+        }
+    }
+
+    fn token_created(&mut self, created: &TokenCreated, record: &Record) -> Result<(), Misfit> {
+        if self.tokens.last_key_value().is_some_and(|(last, _)| *last >= created.token) {
+            return Err(format!("token {} is not newer than every other", created.token));
+        }
+        let token = Token {
+            secret_hash: created.secret_hash,
+            created_at: record.at,
+            expires_at: created.expires_at,
+            uses: created.uses,
+            revoked: false,
+            workers: Vec::new(),
+        };
+        self.tokens.insert(created.token, token);
+        Ok(())
+    }
+
+    fn token_redeemed(&mut self, token: TokenId, worker: WorkerId, key: &[u8; 32]) -> Result<(), Misfit> {
+        if self.worker_mut(worker)?.spki_sha256 != *key {
+            return Err(format!("worker {worker} has another key"));
+        }
+        let body = self.token_mut(token)?;
+        if body.revoked || body.workers.len() >= body.uses as usize {
+            return Err(format!("token {token} is revoked or used up"));
+        }
+        body.workers.push(worker);
+        Ok(())
+    }
+
+    fn worker_registered(
+        &mut self,
+        id: WorkerId,
+        hostname: &str,
+        spki_sha256: [u8; 32],
+        record: &Record,
+    ) -> Result<(), Misfit> {
+        if self.workers.last_key_value().is_some_and(|(last, _)| *last >= id) {
+            return Err(format!("worker {id} is not newer than every other"));
+        }
+        if let Some(other) = self.worker_by_key(&spki_sha256) {
+            return Err(format!("worker {other} has the same key"));
+        }
+        let worker = Worker {
+            hostname: hostname.to_owned(),
+            spki_sha256,
+            joined_at: record.at,
+            revoked: false,
+            draining: false,
+            report: None,
+            missing_models: Default::default(),
+        };
+        self.workers.insert(id, worker);
+        Ok(())
+    }
+
+    fn devices_reported(&mut self, id: WorkerId, report: &Report) -> Result<(), Misfit> {
+        let worker = self.worker_mut(id)?;
+        worker.hostname.clone_from(&report.hostname);
+        worker.missing_models.clear();
+        worker.report = Some(report.clone());
+        Ok(())
+    }
+
+    fn run_accepted(&mut self, accepted: &RunAccepted, record: &Record) -> Result<(), Misfit> {
+        if self.runs.last_key_value().is_some_and(|(last, _)| *last >= accepted.run) {
+            return Err(format!("run {} is not newer than every other", accepted.run));
+        }
+        let count = u32::try_from(accepted.specs.len()).ok().filter(|count| *count > 0).ok_or("no shards")?;
+        let shard = |spec: &protocol::experiment::ShardSpec| Shard {
+            spec: spec.clone(),
+            state: ShardState::Waiting,
+            tries: 0,
+            free_retries: 0,
+            not_before: record.at,
+            reopened_at_attempt: 0,
+            attempts: Vec::new(),
+        };
+        let run = Run {
+            name: accepted.name.clone(),
+            priority: accepted.priority,
+            seed: accepted.seed,
+            file: accepted.file.clone(),
+            text: accepted.text.clone(),
+            submitted_at: record.at,
+            state: RunState::Running,
+            finished_at: None,
+            cancel_reason: String::new(),
+            shards: accepted.specs.iter().map(shard).collect(),
+            waiting: (0..count).collect(),
+            running: Default::default(),
+        };
+        self.runs.insert(accepted.run, run);
+        Ok(())
+    }
+
+    fn attempt_placed(&mut self, placed: &AttemptPlaced, record: &Record) -> Result<(), Misfit> {
+        let id = placed.attempt;
+        if id.fence.0 != self.fences + 1 {
+            return Err(format!("fencing number f{} was expected", self.fences + 1));
+        }
+        if let Some(seat) = placed.seats.iter().find(|seat| self.device(&seat.device).is_none()) {
+            return Err(format!("no device {}", seat.device));
+        }
+        let shard = self.shard_mut(id.shard)?;
+        expect(shard, id.shard, ShardState::Waiting)?;
+        if !placed.seats.iter().map(|seat| seat.role).eq(shard.spec.roles().iter().copied()) {
+            return Err(format!("seats are not those of {}", id.shard));
+        }
+        let seat = |seat: &super::event::PlacedSeat| Seat {
+            role: seat.role,
+            device: seat.device.clone(),
+            reserved_bytes: seat.reserved_bytes,
+            freed: false,
+            outcome: None,
+        };
+        shard.attempts.push(Attempt {
+            fence: id.fence,
+            placed_at: record.at,
+            ended_at: None,
+            state: AttemptState::Open,
+            seats: placed.seats.iter().map(seat).collect(),
+            reasons: placed.reasons.clone(),
+        });
+        self.fences = id.fence.0;
+        self.set_state(id.shard, ShardState::Running)
+    }
+
+    fn seat_freed(&mut self, id: AttemptId, role: Role) -> Result<(), Misfit> {
+        self.open_attempt_mut(id)?;
+        let seat = self.seat_mut(id, role)?;
+        if seat.freed || seat.outcome.is_some() {
+            return Err(format!("seat {role} of {id} holds no device"));
+        }
+        seat.freed = true;
+        Ok(())
+    }
+
+    fn seat_completed(&mut self, completed: &SeatCompleted, record: &Record) -> Result<(), Misfit> {
+        let (id, role) = (completed.attempt, completed.role);
+        self.open_attempt_mut(id)?;
+        let device = self.seat_mut(id, role)?.device.clone();
+        let device_model = self.device(&device).map(|device| device.model.clone()).unwrap_or_default();
+        let seat = self.seat_mut(id, role)?;
+        if seat.outcome.is_some() {
+            return Err(format!("seat {role} of {id} is done already"));
+        }
+        seat.outcome = Some(Outcome {
+            outputs: completed.outputs.clone(),
+            usage: completed.usage,
+            models: completed.models.clone(),
+            build: completed.build.clone(),
+            at: record.at,
+            device_model,
+        });
+        Ok(())
+    }
+
+    fn shard_committed(&mut self, id: AttemptId, record: &Record) -> Result<(), Misfit> {
+        let attempt = self.open_attempt_mut(id)?;
+        if let Some(seat) = attempt.unfinished().next() {
+            return Err(format!("seat {} of {id} is not done", seat.role));
+        }
+        attempt.state = AttemptState::Committed;
+        attempt.ended_at = Some(record.at);
+        self.set_state(id.shard, ShardState::Committed)
+    }
+
+    fn attempt_failed(
+        &mut self,
+        id: AttemptId,
+        state: AttemptState,
+        retry: Retry,
+        record: &Record,
+    ) -> Result<(), Misfit> {
+        let attempt = self.open_attempt_mut(id)?;
+        attempt.state = state;
+        attempt.ended_at = Some(record.at);
+        let shard = self.shard_mut(id.shard)?;
+        match retry {
+            Retry::Free => shard.free_retries += 1,
+            Retry::Elsewhere | Retry::Never => shard.tries += 1,
+        }
+        Ok(())
+    }
+
+    fn attempt_resumed(&mut self, id: AttemptId) -> Result<(), Misfit> {
+        let shard = self.shard_mut(id.shard)?;
+        let role = match shard.newest().map(|attempt| &attempt.state) {
+            Some(AttemptState::Failed { role, .. }) => *role,
+            _ => return Err(format!("{id} is not lost")),
+        };
+        if shard.lapsed(id.fence, role).is_none() {
+            return Err(format!("{id} is not lost, or other seats of it are"));
+        }
+        shard.tries = shard.tries.saturating_sub(1);
+        let attempt = shard.attempts.last_mut().expect("a lapsed attempt is the newest");
+        attempt.state = AttemptState::Open;
+        attempt.ended_at = None;
+        self.set_state(id.shard, ShardState::Running)
+    }
+
+    fn shard_reopened(&mut self, id: ShardId) -> Result<(), Misfit> {
+        let shard = self.shard_mut(id)?;
+        expect(shard, id, ShardState::Failed)?;
+        shard.tries = 0;
+        shard.free_retries = 0;
+        shard.reopened_at_attempt = u32::try_from(shard.attempts.len()).unwrap_or(u32::MAX);
+        let run = self.run_mut(id.run)?;
+        run.state = RunState::Running;
+        run.finished_at = None;
+        self.set_state(id, ShardState::Waiting)
+    }
+
+    fn run_finished(&mut self, id: RunId, state: RunState, record: &Record) -> Result<(), Misfit> {
+        let run = self.run_mut(id)?;
+        if run.state != RunState::Running || !run.waiting.is_empty() || !run.running.is_empty() {
+            return Err(format!("run {id} is {} with shards that are not over, or over already", run.state));
+        }
+        run.state = state;
+        run.finished_at = Some(record.at);
+        Ok(())
+    }
+
+    fn run_cancelled(&mut self, id: RunId, reason: &str, record: &Record) -> Result<(), Misfit> {
+        let run = self.run_mut(id)?;
+        if run.state != RunState::Running {
+            return Err(format!("run {id} is {}", run.state));
+        }
+        for shard in run.shards.iter_mut().filter(|shard| !shard.state.is_terminal()) {
+            if let Some(attempt) = shard.attempts.last_mut().filter(|attempt| attempt.state == AttemptState::Open) {
+                attempt.state = AttemptState::Cancelled;
+                attempt.ended_at = Some(record.at);
+            }
+            shard.state = ShardState::Cancelled;
+        }
+        run.waiting.clear();
+        run.running.clear();
+        run.state = RunState::Cancelled;
+        run.finished_at = Some(record.at);
+        reason.clone_into(&mut run.cancel_reason);
+        Ok(())
+    }
+}
+
+/// Looking subjects up.
+impl State {
+    fn token_mut(&mut self, id: TokenId) -> Result<&mut Token, Misfit> {
+        self.tokens.get_mut(&id).ok_or_else(|| format!("no token {id}"))
+    }
+
+    fn worker_mut(&mut self, id: WorkerId) -> Result<&mut Worker, Misfit> {
+        self.workers.get_mut(&id).ok_or_else(|| format!("no worker {id}"))
+    }
+
+    fn run_mut(&mut self, id: RunId) -> Result<&mut Run, Misfit> {
+        self.runs.get_mut(&id).ok_or_else(|| format!("no run {id}"))
+    }
+
+    fn shard_mut(&mut self, id: ShardId) -> Result<&mut Shard, Misfit> {
+        self.run_mut(id.run)?.shards.get_mut(id.index as usize).ok_or_else(|| format!("no shard {id}"))
+    }
+
+    fn open_attempt_mut(&mut self, id: AttemptId) -> Result<&mut Attempt, Misfit> {
+        let newest = self.shard_mut(id.shard)?.attempts.last_mut();
+        newest
+            .filter(|attempt| attempt.fence == id.fence && attempt.state == AttemptState::Open)
+            .ok_or_else(|| format!("attempt {id} is not the shard's open one"))
+    }
+
+    fn seat_mut(&mut self, id: AttemptId, role: Role) -> Result<&mut Seat, Misfit> {
+        let shard = self.shard_mut(id.shard)?;
+        let attempt = shard.attempts.iter_mut().find(|attempt| attempt.fence == id.fence);
+        attempt
+            .and_then(|attempt| attempt.seats.iter_mut().find(|seat| seat.role == role))
+            .ok_or_else(|| format!("no seat {role} of {id}"))
+    }
+
+    /// A shard whose newest attempt has just failed and that has not yet been sent anywhere.
+    fn between_attempts(&mut self, id: ShardId) -> Result<&mut Shard, Misfit> {
+        let shard = self.shard_mut(id)?;
+        expect(shard, id, ShardState::Running)?;
+        match shard.newest().map(|attempt| &attempt.state) {
+            Some(AttemptState::Failed { .. }) => Ok(shard),
+            _ => Err(format!("the newest attempt of {id} has not failed")),
+        }
+    }
+
+    fn set_state(&mut self, id: ShardId, state: ShardState) -> Result<(), Misfit> {
+        let run = self.run_mut(id.run)?;
+        run.waiting.remove(&id.index);
+        run.running.remove(&id.index);
+        match state {
+            ShardState::Waiting => drop(run.waiting.insert(id.index)),
+            ShardState::Running => drop(run.running.insert(id.index)),
+            ShardState::Committed | ShardState::Failed | ShardState::Cancelled => {}
+        }
+        self.shard_mut(id)?.state = state;
+        Ok(())
+    }
+}
+
+fn expect(shard: &Shard, id: ShardId, state: ShardState) -> Result<(), Misfit> {
+    if shard.state == state { Ok(()) } else { Err(format!("shard {id} is {}, not {state}", shard.state)) }
+}

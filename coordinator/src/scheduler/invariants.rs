@@ -1,0 +1,128 @@
+//! What must hold after every input, each with its name and its number in `docs/architecture.md`.
+//!
+//! Checked after each [`super::Scheduler::handle`] in debug builds and in the property tests. Invariants 5, 6 and 9 are about
+//! histories, not about one state: the property tests check them. Costs a look at every shard.
+
+use std::collections::BTreeMap;
+
+use protocol::ids::{AttemptId, DeviceRef, RunId, ShardId};
+
+use super::live::Live;
+use super::state::{AttemptState, Run, Shard, State};
+use super::status::{RunState, ShardState};
+use super::timer::Timer;
+
+/// An invariant does not hold: a bug in the scheduler.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("invariant `{name}` is broken: {detail}")]
+pub struct Broken {
+    /// The function that found it.
+    pub name: &'static str,
+    /// What it found.
+    pub detail: String,
+}
+
+/// Checks all of them.
+///
+/// # Errors
+/// The first that does not hold.
+pub fn check(state: &State, live: &Live) -> Result<(), Broken> {
+    every_shard_is_in_one_state(state)?;
+    at_most_one_attempt_commits(state)?;
+    reservations_fit(state)?;
+    every_open_seat_has_a_lease(state, live)
+}
+
+/// Invariant 1: every accepted shard is in exactly one state, its attempts say the same, and a run is over when its shards
+/// are.
+pub fn every_shard_is_in_one_state(state: &State) -> Result<(), Broken> {
+    let broken = |detail| Broken { name: "every_shard_is_in_one_state", detail };
+    for (id, run) in &state.runs {
+        for (index, shard) in (0u32..).zip(&run.shards) {
+            let newest = shard.newest().map(|attempt| &attempt.state);
+            let agrees = match shard.state {
+                ShardState::Waiting => matches!(newest, None | Some(AttemptState::Failed { .. })),
+                ShardState::Running => matches!(newest, Some(AttemptState::Open)),
+                ShardState::Committed => matches!(newest, Some(AttemptState::Committed)),
+                ShardState::Failed => matches!(newest, Some(AttemptState::Failed { .. })),
+                ShardState::Cancelled => !matches!(newest, Some(AttemptState::Open | AttemptState::Committed)),
+            };
+            let listed = (run.waiting.contains(&index), run.running.contains(&index));
+            if !agrees || listed != (shard.state == ShardState::Waiting, shard.state == ShardState::Running) {
+                let shard_id = ShardId { run: *id, index };
+                return Err(broken(format!(
+                    "{shard_id} is {}, newest attempt {newest:?}, listed {listed:?}",
+                    shard.state
+                )));
+            }
+        }
+        if let Some(detail) = run_disagrees(*id, run) {
+            return Err(broken(detail));
+        }
+    }
+    Ok(())
+}
+
+/// Invariant 2: fencing numbers grow, only the newest attempt of a shard is open or committed, and at most one is.
+pub fn at_most_one_attempt_commits(state: &State) -> Result<(), Broken> {
+    let broken = |detail| Broken { name: "at_most_one_attempt_commits", detail };
+    let shards = state
+        .runs
+        .iter()
+        .flat_map(|(run, body)| (0u32..).zip(&body.shards).map(|(index, shard)| (ShardId { run: *run, index }, shard)));
+    for (id, shard) in shards {
+        let live_older = |shard: &Shard| {
+            let older = shard.attempts.iter().rev().skip(1);
+            older.filter(|attempt| matches!(attempt.state, AttemptState::Open | AttemptState::Committed)).count()
+        };
+        let growing = shard.attempts.windows(2).all(|pair| pair[0].fence < pair[1].fence);
+        if !growing || live_older(shard) > 0 || shard.newest().is_some_and(|newest| newest.fence.0 > state.fences) {
+            return Err(broken(format!("attempts of {id}: {:?}", shard.attempts)));
+        }
+    }
+    Ok(())
+}
+
+/// Invariant 3: the reservations on a device never exceed the memory that bonepile may use there.
+pub fn reservations_fit(state: &State) -> Result<(), Broken> {
+    let mut held: BTreeMap<&DeviceRef, u64> = BTreeMap::new();
+    for (_, seat) in state.unfinished_seats() {
+        let sum = held.entry(&seat.device).or_default();
+        *sum = sum.saturating_add(seat.held_bytes());
+    }
+    for (device, bytes) in held {
+        let budget = state.device(device).map_or(0, |body| body.memory_budget_bytes);
+        if bytes > budget {
+            let detail = format!("{bytes} bytes are reserved on {device}, its budget is {budget}");
+            return Err(Broken { name: "reservations_fit", detail });
+        }
+    }
+    Ok(())
+}
+
+/// Part of invariant 1: no seat is waited for without a deadline, so every attempt ends.
+pub fn every_open_seat_has_a_lease(state: &State, live: &Live) -> Result<(), Broken> {
+    let open: Vec<(AttemptId, _)> = state.unfinished_seats().map(|(attempt, seat)| (attempt, seat.role)).collect();
+    let known: Vec<_> = live.seats.keys().copied().collect();
+    let mut sorted = open.clone();
+    sorted.sort();
+    let without = open.iter().find(|(attempt, role)| live.timers.get(Timer::Lease(*attempt, *role)).is_none());
+    if sorted != known || without.is_some() {
+        let detail = format!("open {sorted:?}, known {known:?}, without a lease {without:?}");
+        return Err(Broken { name: "every_open_seat_has_a_lease", detail });
+    }
+    Ok(())
+}
+
+fn run_disagrees(id: RunId, run: &Run) -> Option<String> {
+    let over = run.waiting.is_empty() && run.running.is_empty();
+    let failed = run.shards.iter().any(|shard| shard.state == ShardState::Failed);
+    let agrees = match run.state {
+        RunState::Running => !over,
+        RunState::Complete => over && run.shards.iter().all(|shard| shard.state == ShardState::Committed),
+        RunState::Failed => over && failed,
+        RunState::Cancelled => over,
+    };
+    let ended = run.finished_at.is_some() == (run.state != RunState::Running);
+    (!agrees || !ended).then(|| format!("{id} is {}, ended {:?}", run.state, run.finished_at))
+}

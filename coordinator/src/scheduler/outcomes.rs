@@ -1,0 +1,184 @@
+//! Inputs about seats' outcomes: finished, failed, lost; and what follows for attempt, shard and run.
+//!
+//! Workers repeat an outcome until it is settled, so everything here answers the same to the same message, however often.
+
+use protocol::control::{CancelSeat, Failure, FailureKind, Output, Retry, SeatFailed, SeatFinished, SeatSettled};
+use protocol::ids::{AttemptId, Role, RunId, ShardId, WorkerId};
+use protocol::limits::clean_text;
+
+use super::event::{Event, SeatCompleted};
+use super::input::Effect;
+use super::machine::Scheduler;
+use super::state::AttemptState;
+use super::status::{RunState, ShardState};
+
+/// Retries of a shard that do not count as tries, before they do: two workers that never reach each other must not keep a
+/// gang going round for ever.
+pub const FREE_RETRIES_MAX: u32 = 16;
+/// Wait before the second try of a shard, milliseconds; doubles with each further failure. Gives a box time to recover, and
+/// keeps a failure that takes no time from spinning.
+pub const RETRY_BACKOFF_MS: u64 = 500;
+/// Most doublings of [`RETRY_BACKOFF_MS`]: 32 seconds.
+pub const RETRY_BACKOFF_DOUBLINGS_MAX: u32 = 6;
+
+impl Scheduler {
+    pub(super) fn seat_finished(&mut self, worker: WorkerId, session: u64, finished: SeatFinished) {
+        let (attempt, role) = (finished.attempt, finished.role);
+        if !self.heard(worker, session) {
+            return;
+        }
+        let counted = match self.standing(worker, attempt, role) {
+            Standing::Awaited => {
+                self.complete(finished);
+                true
+            }
+            Standing::Lapsed => {
+                self.emit(Event::AttemptResumed { attempt });
+                self.complete(finished);
+                true
+            }
+            Standing::Known => true,
+            Standing::Fenced => false,
+        };
+        self.send(worker, SeatSettled { attempt, role, counted });
+    }
+
+    pub(super) fn seat_failed(&mut self, worker: WorkerId, session: u64, failed: &SeatFailed) {
+        let (attempt, role) = (failed.attempt, failed.role);
+        if !self.heard(worker, session) {
+            return;
+        }
+        // A failure of an attempt that is over changes nothing; one whose seat is done already was said too late.
+        let counted = matches!(self.standing(worker, attempt, role), Standing::Awaited);
+        if counted {
+            let failure = Failure {
+                kind: failed.failure.kind,
+                message: clean_text(&failed.failure.message),
+                hint: clean_text(&failed.failure.hint),
+            };
+            self.fail_attempt(attempt, role, failure, false);
+        }
+        self.send(worker, SeatSettled { attempt, role, counted });
+    }
+
+    /// The lease of a seat ran out: its worker has been silent about it.
+    pub(super) fn lease_expired(&mut self, attempt: AttemptId, role: Role) {
+        let Some(seat) = self.state.attempt(attempt).and_then(|body| body.seat(role)) else { return };
+        let seconds = self.state.settings.lease_ttl_ms / 1000;
+        let message = format!("nothing was heard of it from {} for {seconds} s", seat.device.worker);
+        let failure = Failure::new(FailureKind::LeaseExpired, message).hint("is the box up and its network well?");
+        // Its worker is not told to drop it: if it comes back before the shard is placed again, the work still counts.
+        self.fail_attempt(attempt, role, failure, false);
+    }
+
+    /// Ends an open attempt without a result, frees its devices and sends its shard where it belongs. `tell`: cancel the
+    /// failed seat at its worker too, which has not said itself that it is over.
+    pub(super) fn fail_attempt(&mut self, id: AttemptId, role: Role, failure: Failure, tell: bool) {
+        let Some(attempt) = self.state.attempt(id).filter(|attempt| attempt.state == AttemptState::Open) else {
+            return;
+        };
+        let kind = failure.kind;
+        let reason = format!("seat {role} failed: {kind}");
+        let failed_worker = attempt.seat(role).map(|seat| seat.device.worker);
+        let mut told: Vec<_> =
+            attempt.unfinished().filter(|seat| tell || seat.role != role).map(|seat| seat.device.worker).collect();
+        told.dedup();
+        self.emit(Event::AttemptFailed { attempt: id, role, failure });
+        for worker in told {
+            self.send(worker, CancelSeat { attempt: id, reason: reason.clone() });
+        }
+        if let Some(worker) = failed_worker.filter(|_| kind == FailureKind::ModelMissing) {
+            self.note_missing_models(worker, id.shard);
+        }
+        self.send_shard_on(id.shard, kind);
+        self.unsettled = true;
+    }
+
+    fn complete(&mut self, finished: SeatFinished) {
+        let SeatFinished { attempt, role, outputs, usage, models, build } = finished;
+        let clean = |output: Output| Output { name: clean_text(&output.name), ..output };
+        self.emit(Event::SeatCompleted(SeatCompleted {
+            attempt,
+            role,
+            outputs: outputs.into_iter().map(clean).collect(),
+            usage,
+            models: models.iter().map(|(name, print)| (clean_text(name), clean_text(print))).collect(),
+            build: clean_text(&build),
+        }));
+        if self.state.attempt(attempt).is_some_and(|body| body.unfinished().next().is_none()) {
+            self.emit(Event::ShardCommitted { attempt });
+            self.effect(Effect::WriteManifest { attempt });
+            self.finish_run_if_over(attempt.shard.run);
+        }
+        self.unsettled = true;
+    }
+
+    fn note_missing_models(&mut self, worker: WorkerId, shard: ShardId) {
+        let models: Vec<String> =
+            self.state.shard(shard).into_iter().flat_map(|shard| shard.spec.models()).map(str::to_owned).collect();
+        for model in models {
+            if self.state.workers.get(&worker).is_some_and(|known| known.has_model(&model)) {
+                self.emit(Event::ModelFoundMissing { worker, model });
+            }
+        }
+    }
+
+    fn send_shard_on(&mut self, id: ShardId, kind: FailureKind) {
+        let Some(shard) = self.state.shard(id) else { return };
+        let out_of_tries = shard.tries >= self.state.settings.attempts_max || shard.free_retries > FREE_RETRIES_MAX;
+        if kind.retry() == Retry::Never || out_of_tries {
+            self.emit(Event::ShardFailed { shard: id });
+            self.finish_run_if_over(id.run);
+            return;
+        }
+        let failures = shard.tries.saturating_add(shard.free_retries).max(1);
+        let wait_ms = match kind {
+            // The silence was wait enough.
+            FailureKind::LeaseExpired => 0,
+            _ => RETRY_BACKOFF_MS << (failures - 1).min(RETRY_BACKOFF_DOUBLINGS_MAX),
+        };
+        self.emit(Event::ShardRequeued { shard: id, not_before: self.now.plus_ms(wait_ms) });
+    }
+
+    fn finish_run_if_over(&mut self, id: RunId) {
+        let Some(run) = self.state.runs.get(&id) else { return };
+        if run.state == RunState::Running && run.waiting.is_empty() && run.running.is_empty() {
+            let failed = run.shards.iter().any(|shard| shard.state == ShardState::Failed);
+            let state = if failed { RunState::Failed } else { RunState::Complete };
+            self.emit(Event::RunFinished { run: id, state });
+        }
+    }
+
+    /// Notes a sign of life; `false` if the session is not the worker's open one.
+    fn heard(&mut self, worker: WorkerId, session: u64) -> bool {
+        let now = self.now;
+        self.session_mut(worker, session).map(|session| session.heard_at = now).is_some()
+    }
+
+    fn standing(&self, worker: WorkerId, id: AttemptId, role: Role) -> Standing {
+        let Some((shard, attempt)) = self.state.shard(id.shard).zip(self.state.attempt(id)) else {
+            return Standing::Fenced;
+        };
+        let Some(seat) = attempt.seat(role).filter(|seat| seat.device.worker == worker) else {
+            return Standing::Fenced;
+        };
+        match &attempt.state {
+            AttemptState::Open if seat.outcome.is_none() => Standing::Awaited,
+            AttemptState::Open | AttemptState::Committed => Standing::Known,
+            AttemptState::Failed { .. } if shard.lapsed(id.fence, role).is_some() => Standing::Lapsed,
+            AttemptState::Failed { .. } | AttemptState::Cancelled => Standing::Fenced,
+        }
+    }
+}
+
+/// What the journal says about a seat whose outcome a worker hands in.
+enum Standing {
+    /// Its outcome is what we wait for.
+    Awaited,
+    /// It was given up as lost, but its shard was not placed since: its outcome still counts.
+    Lapsed,
+    /// Its outcome is in the journal.
+    Known,
+    /// Its outcome changes nothing.
+    Fenced,
+}

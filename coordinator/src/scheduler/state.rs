@@ -1,0 +1,325 @@
+//! The journaled state: what a replay of the events gives back, byte for byte.
+//!
+//! Plain data and questions about it. Changes only through [`State::apply`] (in `apply.rs`). What is soft (sessions,
+//! telemetry, progress, leases) is not here but in [`super::live`].
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::control::{Failure, FailureKind, Output, Usage};
+use protocol::experiment::ShardSpec;
+use protocol::hardware::Device;
+use protocol::ids::{AttemptId, DeviceRef, Fence, Role, RunId, ShardId, TokenId, WorkerId};
+use protocol::time::UnixMillis;
+use serde::{Deserialize, Serialize};
+
+use super::event::{Report, Settings, hex32};
+use super::reason::Rated;
+use super::status::{RunState, ShardState, TokenState};
+
+/// Everything that must survive a restart.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct State {
+    /// Sequence number of the newest event applied, 0 if none.
+    pub seq: u64,
+    /// When the newest event was decided.
+    pub at: UnixMillis,
+    /// What the operator set.
+    pub settings: Settings,
+    /// Fencing numbers given out: the newest is this one.
+    pub fences: u64,
+    /// Join tokens.
+    pub tokens: BTreeMap<TokenId, Token>,
+    /// Workers, revoked ones too.
+    pub workers: BTreeMap<WorkerId, Worker>,
+    /// Runs, finished ones too.
+    pub runs: BTreeMap<RunId, Run>,
+}
+
+/// A join token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Token {
+    /// SHA-256 of its secret.
+    #[serde(with = "hex32")]
+    pub secret_hash: [u8; 32],
+    /// When it was made.
+    pub created_at: UnixMillis,
+    /// When it stops working.
+    pub expires_at: UnixMillis,
+    /// Boxes that may join with it.
+    pub uses: u32,
+    /// Withdrawn.
+    pub revoked: bool,
+    /// Who joined with it.
+    pub workers: Vec<WorkerId>,
+}
+
+impl Token {
+    /// Where it stands at `now`.
+    pub fn state(&self, now: UnixMillis) -> TokenState {
+        if self.revoked {
+            TokenState::Revoked
+        } else if now >= self.expires_at {
+            TokenState::Expired
+        } else if self.workers.len() >= self.uses as usize {
+            TokenState::Used
+        } else {
+            TokenState::Open
+        }
+    }
+}
+
+/// A worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Worker {
+    /// Host name, as of joining or of its newest report.
+    pub hostname: String,
+    /// SHA-256 of its public key.
+    #[serde(with = "hex32")]
+    pub spki_sha256: [u8; 32],
+    /// When it joined.
+    pub joined_at: UnixMillis,
+    /// Its certificate is refused.
+    pub revoked: bool,
+    /// It gets no new work.
+    pub draining: bool,
+    /// What it said when it last greeted; `None` if it never did.
+    pub report: Option<Report>,
+    /// Models that it reported but did not have.
+    pub missing_models: BTreeSet<String>,
+}
+
+impl Worker {
+    /// Its devices by its newest report.
+    pub fn devices(&self) -> &[Device] {
+        self.report.as_ref().map_or(&[], |report| &report.devices)
+    }
+
+    /// Whether it has the model, as far as known.
+    pub fn has_model(&self, model: &str) -> bool {
+        let reported = self.report.as_ref().is_some_and(|report| report.models.iter().any(|known| known == model));
+        reported && !self.missing_models.contains(model)
+    }
+}
+
+/// A run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// The sweep's name.
+    pub name: String,
+    /// Higher goes first.
+    pub priority: i32,
+    /// The sweep's seed.
+    pub seed: u64,
+    /// Name of the file as submitted.
+    pub file: String,
+    /// The file's text.
+    pub text: String,
+    /// When it was accepted.
+    pub submitted_at: UnixMillis,
+    /// Where it stands.
+    pub state: RunState,
+    /// When it ended.
+    pub finished_at: Option<UnixMillis>,
+    /// Why it was cancelled; empty if it was not.
+    pub cancel_reason: String,
+    /// Its shards by index.
+    pub shards: Vec<Shard>,
+    /// Indices of the shards that wait, so that a placement pass need not look at the others.
+    pub waiting: BTreeSet<u32>,
+    /// Indices of the shards with an open attempt.
+    pub running: BTreeSet<u32>,
+}
+
+/// A shard.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Shard {
+    /// What it does.
+    pub spec: ShardSpec,
+    /// Where it stands.
+    pub state: ShardState,
+    /// Failed attempts that count, since it was accepted or reopened.
+    pub tries: u32,
+    /// Failed attempts that do not count, since then.
+    pub free_retries: u32,
+    /// Not to be placed before.
+    pub not_before: UnixMillis,
+    /// Attempts before this one do not tell devices to avoid: the shard was reopened since.
+    pub reopened_at_attempt: u32,
+    /// Its attempts, oldest first.
+    pub attempts: Vec<Attempt>,
+}
+
+/// One try of a shard.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// The number that fences older tries.
+    pub fence: Fence,
+    /// When it was placed.
+    pub placed_at: UnixMillis,
+    /// When it ended.
+    pub ended_at: Option<UnixMillis>,
+    /// Where it stands.
+    pub state: AttemptState,
+    /// Its seats, in the order of the spec's roles.
+    pub seats: Vec<Seat>,
+    /// Why these devices.
+    pub reasons: Vec<Rated>,
+}
+
+/// Where an attempt stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AttemptState {
+    /// Its seats hold their devices.
+    Open,
+    /// The shard's result is its result.
+    Committed,
+    /// It ended without a result.
+    Failed {
+        /// The seat at which it failed.
+        role: Role,
+        /// Why.
+        failure: Failure,
+    },
+    /// Its run was cancelled.
+    Cancelled,
+}
+
+/// A seat of an attempt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Seat {
+    /// The seat.
+    pub role: Role,
+    /// Its device.
+    pub device: DeviceRef,
+    /// Memory set aside there, bytes.
+    pub reserved_bytes: u64,
+    /// Its process is over, its outcome is still to come: the device is free.
+    pub freed: bool,
+    /// What it made, once that is known.
+    pub outcome: Option<Outcome>,
+}
+
+/// What a seat made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Its artifacts.
+    pub outputs: Vec<Output>,
+    /// What it took.
+    pub usage: Usage,
+    /// `sha256:…` of each model used, by catalogue name.
+    pub models: Vec<(String, String)>,
+    /// Build of the executor.
+    pub build: String,
+    /// When it was journaled.
+    pub at: UnixMillis,
+    /// The device's product name then: the device may be gone when someone asks.
+    pub device_model: String,
+}
+
+impl State {
+    /// The shard of this id.
+    pub fn shard(&self, id: ShardId) -> Option<&Shard> {
+        self.runs.get(&id.run)?.shards.get(id.index as usize)
+    }
+
+    /// The attempt of this id.
+    pub fn attempt(&self, id: AttemptId) -> Option<&Attempt> {
+        self.shard(id.shard)?.attempts.iter().find(|attempt| attempt.fence == id.fence)
+    }
+
+    /// Every open attempt, by shard.
+    pub fn open_attempts(&self) -> impl Iterator<Item = (AttemptId, &Shard, &Attempt)> {
+        self.runs.iter().flat_map(|(run, body)| {
+            body.running.iter().filter_map(move |index| {
+                let shard = body.shards.get(*index as usize)?;
+                let attempt = shard.open_attempt()?;
+                let id = AttemptId { shard: ShardId { run: *run, index: *index }, fence: attempt.fence };
+                Some((id, shard, attempt))
+            })
+        })
+    }
+
+    /// Every seat of an open attempt whose outcome is not known, by attempt.
+    pub fn unfinished_seats(&self) -> impl Iterator<Item = (AttemptId, &Seat)> {
+        self.open_attempts().flat_map(|(id, _, attempt)| attempt.unfinished().map(move |seat| (id, seat)))
+    }
+
+    /// A device by its newest report.
+    pub fn device(&self, device: &DeviceRef) -> Option<&Device> {
+        self.workers.get(&device.worker)?.devices().iter().find(|known| known.id == device.device)
+    }
+
+    /// The worker with this key.
+    pub fn worker_by_key(&self, spki_sha256: &[u8; 32]) -> Option<WorkerId> {
+        self.workers.iter().find(|(_, worker)| worker.spki_sha256 == *spki_sha256).map(|(id, _)| *id)
+    }
+}
+
+impl Run {
+    /// Number of shards in `state`.
+    pub fn count(&self, state: ShardState) -> usize {
+        match state {
+            ShardState::Waiting => self.waiting.len(),
+            ShardState::Running => self.running.len(),
+            _ => self.shards.iter().filter(|shard| shard.state == state).count(),
+        }
+    }
+}
+
+impl Shard {
+    /// The newest attempt: the only one that may commit.
+    pub fn newest(&self) -> Option<&Attempt> {
+        self.attempts.last()
+    }
+
+    /// The newest attempt if it is open.
+    pub fn open_attempt(&self) -> Option<&Attempt> {
+        self.newest().filter(|attempt| attempt.state == AttemptState::Open)
+    }
+
+    /// The attempt that committed.
+    pub fn committed_attempt(&self) -> Option<&Attempt> {
+        self.newest().filter(|attempt| attempt.state == AttemptState::Committed)
+    }
+
+    /// The attempt `fence` if its worker was given up as lost but nothing was placed since, and every seat but `role` is
+    /// done: what `role` finished may still commit.
+    pub fn lapsed(&self, fence: Fence, role: Role) -> Option<&Attempt> {
+        let attempt = self.newest().filter(|attempt| attempt.fence == fence && self.state == ShardState::Waiting)?;
+        let lost = match &attempt.state {
+            AttemptState::Failed { role: at, failure } => *at == role && failure.kind == FailureKind::LeaseExpired,
+            _ => false,
+        };
+        let others_done = attempt.seats.iter().all(|seat| seat.role == role || seat.outcome.is_some());
+        (lost && others_done).then_some(attempt)
+    }
+
+    /// The newest failure with the attempt's fence and the time.
+    pub fn last_failure(&self) -> Option<(Fence, &Failure, UnixMillis)> {
+        self.attempts.iter().rev().find_map(|attempt| match &attempt.state {
+            AttemptState::Failed { failure, .. } => {
+                Some((attempt.fence, failure, attempt.ended_at.unwrap_or(attempt.placed_at)))
+            }
+            _ => None,
+        })
+    }
+}
+
+impl Attempt {
+    /// The seat of this role.
+    pub fn seat(&self, role: Role) -> Option<&Seat> {
+        self.seats.iter().find(|seat| seat.role == role)
+    }
+
+    /// Seats whose outcome is not known.
+    pub fn unfinished(&self) -> impl Iterator<Item = &Seat> {
+        self.seats.iter().filter(|seat| seat.outcome.is_none())
+    }
+}
+
+impl Seat {
+    /// Bytes it holds on its device while its attempt is open.
+    pub fn held_bytes(&self) -> u64 {
+        if self.freed || self.outcome.is_some() { 0 } else { self.reserved_bytes }
+    }
+}

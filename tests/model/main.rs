@@ -5,6 +5,10 @@
 //! - `damage`: files that lie, are cut or are garbage.
 //! - `text`: tokenizers and chat templates.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests panic, and say on stderr what they skip and measure")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "tests panic, and say on stderr what they skip and measure"
+)]
 
 mod reference;

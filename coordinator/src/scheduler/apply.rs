@@ -5,7 +5,7 @@
 use protocol::control::Retry;
 use protocol::ids::{AttemptId, Role, RunId, ShardId, TokenId, WorkerId};
 
-use super::event::{AttemptPlaced, Event, Record, Report, RunAccepted, SeatCompleted, TokenCreated};
+use super::event::{AttemptPlaced, Event, PlacedSeat, Record, Report, RunAccepted, SeatCompleted, TokenCreated};
 use super::state::{Attempt, AttemptState, Outcome, Run, Seat, Shard, State, Token, Worker};
 use super::status::{RunState, ShardState};
 
@@ -186,27 +186,30 @@ impl State {
         if id.fence.0 != self.fences + 1 {
             return Err(format!("fencing number f{} was expected", self.fences + 1));
         }
-        if let Some(seat) = placed.seats.iter().find(|seat| self.device(&seat.device).is_none()) {
-            return Err(format!("no device {}", seat.device));
-        }
+        let seat = |seat: &PlacedSeat| {
+            let device = self.device(&seat.device).ok_or_else(|| format!("no device {}", seat.device))?;
+            Ok::<_, Misfit>(Seat {
+                role: seat.role,
+                device: seat.device.clone(),
+                device_model: device.model.clone(),
+                device_kind: device.kind,
+                reserved_bytes: seat.reserved_bytes,
+                freed: false,
+                outcome: None,
+            })
+        };
+        let seats = placed.seats.iter().map(seat).collect::<Result<Vec<_>, _>>()?;
         let shard = self.shard_mut(id.shard)?;
         expect(shard, id.shard, ShardState::Waiting)?;
         if !placed.seats.iter().map(|seat| seat.role).eq(shard.spec.roles().iter().copied()) {
             return Err(format!("seats are not those of {}", id.shard));
         }
-        let seat = |seat: &super::event::PlacedSeat| Seat {
-            role: seat.role,
-            device: seat.device.clone(),
-            reserved_bytes: seat.reserved_bytes,
-            freed: false,
-            outcome: None,
-        };
         shard.attempts.push(Attempt {
             fence: id.fence,
             placed_at: record.at,
             ended_at: None,
             state: AttemptState::Open,
-            seats: placed.seats.iter().map(seat).collect(),
+            seats,
             reasons: placed.reasons.clone(),
         });
         self.fences = id.fence.0;
@@ -226,8 +229,6 @@ impl State {
     fn seat_completed(&mut self, completed: &SeatCompleted, record: &Record) -> Result<(), Misfit> {
         let (id, role) = (completed.attempt, completed.role);
         self.open_attempt_mut(id)?;
-        let device = self.seat_mut(id, role)?.device.clone();
-        let device_model = self.device(&device).map(|device| device.model.clone()).unwrap_or_default();
         let seat = self.seat_mut(id, role)?;
         if seat.outcome.is_some() {
             return Err(format!("seat {role} of {id} is done already"));
@@ -238,7 +239,6 @@ impl State {
             models: completed.models.clone(),
             build: completed.build.clone(),
             at: record.at,
-            device_model,
         });
         Ok(())
     }

@@ -152,19 +152,15 @@ fn change(need: &Need<'_>, devices: &[Rated]) -> String {
     let mut ways = BTreeSet::new();
     for rated in devices {
         match &rated.reason {
-            Reason::ModelAbsent { model } => drop(ways.insert(format!("bring {model} to one more worker"))),
+            Reason::ModelAbsent { model } => ways.insert(format!("bring {model} to one more worker")),
             Reason::BudgetTooSmall { need_bytes, .. } => {
-                ways.insert(format!("raise a device's budget to {}", Bytes(*need_bytes)));
+                ways.insert(format!("raise a device's budget to {}", Bytes(*need_bytes)))
             }
-            _ => {}
-        }
+            _ => continue,
+        };
     }
-    match need.spread {
-        Spread::Workers if need.seats.len() > 1 => drop(ways.insert("join another worker".to_owned())),
-        Spread::Any | Spread::Devices | Spread::Workers => {
-            drop(ways.insert("join a worker that has model and memory".to_owned()))
-        }
-    }
+    let apart = need.spread == Spread::Workers && need.seats.len() > 1;
+    ways.insert(if apart { "join another worker" } else { "join a worker that has model and memory" }.to_owned());
     if need.spread != Spread::Any && need.seats.len() > 1 {
         ways.insert(format!(
             "submit with spread = \"{}\"",

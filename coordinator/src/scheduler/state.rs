@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::control::{Failure, FailureKind, Output, Usage};
 use protocol::experiment::ShardSpec;
-use protocol::hardware::Device;
+use protocol::hardware::{Device, DeviceKind};
 use protocol::ids::{AttemptId, DeviceRef, Fence, Role, RunId, ShardId, TokenId, WorkerId};
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
@@ -191,6 +191,10 @@ pub struct Seat {
     pub role: Role,
     /// Its device.
     pub device: DeviceRef,
+    /// The device's product name when it was placed: the device may be gone when someone asks.
+    pub device_model: String,
+    /// What computes on the device.
+    pub device_kind: DeviceKind,
     /// Memory set aside there, bytes.
     pub reserved_bytes: u64,
     /// Its process is over, its outcome is still to come: the device is free.
@@ -212,8 +216,6 @@ pub struct Outcome {
     pub build: String,
     /// When it was journaled.
     pub at: UnixMillis,
-    /// The device's product name then: the device may be gone when someone asks.
-    pub device_model: String,
 }
 
 impl State {

@@ -1,6 +1,7 @@
 //! Tests of the model layer, one binary.
 //!
 //! - `reference`: the two real models against independently computed numbers; skipped where the files are absent.
+//! - `stored`: weights as stored against the f32 path, on both real models.
 //! - `families`: every family on tiny random models written by `tiny`: prefill, caches, moves, packets.
 //! - `damage`: files that lie, are cut or are garbage.
 //! - `text`: tokenizers and chat templates.
@@ -12,3 +13,4 @@
 )]
 
 mod reference;
+mod stored;

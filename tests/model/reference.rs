@@ -10,20 +10,20 @@ use std::time::Instant;
 use serde::Deserialize;
 use worker::model::{LoadOptions, Logits, Model, ModelError, Tap, argmax};
 
-const SMOLLM2: (&str, &str) = ("SmolLM2-135M-Instruct.Q4_1.gguf", include_str!("../reference/smollm2.json"));
-const GEMMA3: (&str, &str) = ("gemma-3-270m-q4_k_m.gguf", include_str!("../reference/gemma3.json"));
+pub(crate) const SMOLLM2: (&str, &str) = ("SmolLM2-135M-Instruct.Q4_1.gguf", include_str!("../reference/smollm2.json"));
+pub(crate) const GEMMA3: (&str, &str) = ("gemma-3-270m-q4_k_m.gguf", include_str!("../reference/gemma3.json"));
 
 #[derive(Deserialize)]
-struct Reference {
+pub(crate) struct Reference {
     sha256: String,
-    cases: Vec<Case>,
+    pub(crate) cases: Vec<Case>,
 }
 
 #[derive(Deserialize)]
-struct Case {
-    name: String,
+pub(crate) struct Case {
+    pub(crate) name: String,
     text: Option<String>,
-    ids: Vec<u32>,
+    pub(crate) ids: Vec<u32>,
     shape: [usize; 3],
     logits: LogitsSummary,
     #[serde(default)]
@@ -90,7 +90,7 @@ impl Worst {
 }
 
 /// Where model files lie: `BONEPILE_MODELS`, or the user's cache directory.
-fn model_file(name: &str) -> Option<PathBuf> {
+pub(crate) fn model_file(name: &str) -> Option<PathBuf> {
     let from = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = || from("XDG_CACHE_HOME").or_else(|| from("HOME").map(|home| home.join(".cache")));
     let directory = from("BONEPILE_MODELS").or_else(|| cache().map(|cache| cache.join("bonepile/models")))?;
@@ -105,7 +105,8 @@ fn model_file(name: &str) -> Option<PathBuf> {
 fn load(name: &str, reference: &Reference) -> Option<Model> {
     let path = model_file(name)?;
     let started = Instant::now();
-    let options = LoadOptions { expected_fingerprint: Some(format!("sha256:{}", reference.sha256)) };
+    let expected_fingerprint = Some(format!("sha256:{}", reference.sha256));
+    let options = LoadOptions { expected_fingerprint, ..LoadOptions::default() };
     let model = Model::load(&path, &options).unwrap();
     eprintln!("{name}: loaded in {:.2} s", started.elapsed().as_secs_f64());
     Some(model)
@@ -171,7 +172,7 @@ fn check_case(model: &Model, case: &Case, place: &str, worst: &mut Worst) {
     }
 }
 
-fn rates(model: &Model, name: &str) {
+pub(crate) fn rates(model: &Model, name: &str) {
     let ids: Vec<u32> = (0..512).map(|i| 1000 + (i * 7919) % 40000).collect();
     let mut context = model.start().unwrap();
     let started = Instant::now();
@@ -199,7 +200,7 @@ fn gemma3_gives_the_reference_numbers() {
 fn another_file_than_expected_is_refused() {
     let Some(path) = model_file(SMOLLM2.0) else { return };
     let expected = format!("sha256:{}", "0".repeat(64));
-    let refused = Model::load(&path, &LoadOptions { expected_fingerprint: Some(expected) });
+    let refused = Model::load(&path, &LoadOptions { expected_fingerprint: Some(expected), ..LoadOptions::default() });
     assert!(matches!(refused, Err(ModelError::CorruptModel { .. })));
 }
 

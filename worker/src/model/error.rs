@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::gguf::GgufError;
+use super::quant::QuantError;
 
 /// A model could not be loaded or run. Fragments follow "failed to load" or "failed to run".
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +35,23 @@ pub enum ModelError {
         expected: String,
         /// The fingerprint of the file as it is.
         got: String,
+    },
+    /// A matrix is encoded in a way that only activations are.
+    #[error("tensor {name} is stored as {dtype}, which is not a type of weights")]
+    StoredType {
+        /// Its name.
+        name: String,
+        /// The type.
+        dtype: String,
+    },
+    /// A matrix's rows do not divide into blocks.
+    #[error("tensor {name}")]
+    StoredShape {
+        /// Its name.
+        name: String,
+        /// What does not fit.
+        #[source]
+        source: QuantError,
     },
     /// No family of that name.
     #[error("unknown architecture {name}; known are {known}")]

@@ -13,7 +13,7 @@ use super::decoder::{Decoder, Logits, Observer};
 use super::error::ModelError;
 use super::gguf::{Gguf, GgufError};
 use super::tokenizer::{BuildError, Tokenizer};
-use super::weights::{WeightError, Weights};
+use super::weights::{Precision, WeightError, Weights};
 use crate::cache::{CacheLayout, KvCache, LayerKv};
 
 /// Tokens that one pass takes at most; longer texts run in pieces, which bounds attention scores to this times S.
@@ -24,6 +24,8 @@ pub const PASS_TOKENS_MAX: usize = 512;
 pub struct LoadOptions {
     /// The file must have this fingerprint, `sha256:` and 64 hex digits. None: any file is taken.
     pub expected_fingerprint: Option<String>,
+    /// How projections are held and multiplied.
+    pub precision: Precision,
 }
 
 /// A model that can run. Immutable, so threads may share it; run one at a time, for all its work is parallel already.
@@ -37,8 +39,9 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a GGUF file. Weights become f32, except embedding and head, which stay as stored and are dequantised where
-    /// they are used: SmolLM2-135M takes about 0.45 GB, Gemma 3 270M about 0.6 GB.
+    /// Loads a GGUF file. With [`Precision::F32`] weights become f32, except embedding and head, which stay as stored and
+    /// are dequantised where they are used: SmolLM2-135M takes about 0.45 GB, Gemma 3 270M about 0.6 GB. With
+    /// [`Precision::Stored`] everything takes what it takes in the file.
     ///
     /// # Errors
     /// [`ModelError::CorruptModel`] for another file than expected; otherwise what is wrong with the file, by name.
@@ -50,7 +53,7 @@ impl Model {
         }
         let in_file = |source: GgufError| ModelError::Gguf { path: path.to_path_buf(), source };
         let gguf = Gguf::open(path).map_err(in_file)?;
-        let mut weights = Weights::new(&gguf);
+        let mut weights = Weights::new(&gguf, options.precision);
         let taken = |error: WeightError| match error {
             WeightError::Gguf(source) => in_file(source),
             WeightError::Model(error) => error,

@@ -1,12 +1,12 @@
 //! The model layer: a decoder whose KV cache is a value that can be taken out, edited, moved and injected.
 //!
-//! Does not know experiments, packets on the wire or devices of a cluster. The path here is f32 on the CPU; it stays the
-//! referee of every faster one.
+//! Does not know experiments, packets on the wire or devices of a cluster. Two paths, both on the CPU: f32, the referee, and
+//! weights as stored, which is faster and takes a fraction of the memory.
 //!
 //! Layout:
 //! - [`gguf`]: the file format, read without trusting it; `weights`: tensors by name, in the canonical layout.
 //! - [`family`], [`config`], [`rope`]: what tells models apart.
-//! - `linear`, [`table`], `decoder`: the computation; [`context`]: the state of one sequence.
+//! - [`quant`], `linear`, [`table`], `decoder`: the computation; [`context`]: the state of one sequence.
 //! - [`tokenizer`], [`chat`]: text to ids and back.
 //! - [`loaded`]: [`Model`], which puts them together.
 
@@ -19,6 +19,7 @@ pub mod family;
 pub mod gguf;
 mod linear;
 pub mod loaded;
+pub mod quant;
 pub mod rope;
 pub mod table;
 pub mod tokenizer;
@@ -31,3 +32,4 @@ pub use decoder::{Logits, Observer, Tap};
 pub use error::ModelError;
 pub use loaded::{LoadOptions, Model, argmax, fingerprint};
 pub use tokenizer::Tokenizer;
+pub use weights::Precision;

@@ -1,10 +1,11 @@
 //! Takes tensors out of a GGUF file by name, in the canonical layout, and notices the ones nobody took.
 //!
-//! Everything comes out as f32 except tables of rows (`table`), which stay as stored. This is the one place that knows
+//! Vectors come out as f32, tables of rows as stored, projections as [`Precision`] says. This is the one place that knows
 //! file formats; a loader of safetensors would offer the same methods. Does not know which names a family has.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
@@ -12,12 +13,26 @@ use candle_core::{Device, Tensor};
 use super::error::ModelError;
 use super::gguf::{Gguf, GgufError, TensorInfo};
 use super::linear::Linear;
+use super::quant::{Kernel, QuantKind, QuantMatrix};
 use super::table::RowTable;
+
+/// How projections are held and multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// Dequantised to f32 when loaded: the referee of the other.
+    #[default]
+    F32,
+    /// As stored. Many tokens at once: dequantised by tiles, exact up to f32 rounding. Few tokens: activations rounded to 8
+    /// bits a block of 32, as llama.cpp does it.
+    Stored,
+}
 
 /// Tensors of one open file.
 #[derive(Debug)]
 pub(crate) struct Weights<'a> {
     gguf: &'a Gguf,
+    precision: Precision,
+    kernel: Kernel,
     used: BTreeSet<String>,
 }
 
@@ -33,8 +48,12 @@ pub(crate) enum WeightError {
 }
 
 impl<'a> Weights<'a> {
-    pub(crate) fn new(gguf: &'a Gguf) -> Self {
-        Self { gguf, used: BTreeSet::new() }
+    pub(crate) fn new(gguf: &'a Gguf, precision: Precision) -> Self {
+        let kernel = match precision {
+            Precision::F32 => Kernel::Exact,
+            Precision::Stored => Kernel::best(),
+        };
+        Self { gguf, precision, kernel, used: BTreeSet::new() }
     }
 
     /// True if the file holds a tensor of that name.
@@ -69,22 +88,27 @@ impl<'a> Weights<'a> {
         let info = self.info(&weight_name)?;
         self.shape(&weight_name, info, &[outputs, inputs])?;
         let order = permuted_head.map(|head_dim| halves_order(outputs, head_dim));
-        let mut weight = self.dequantise(&weight_name, info)?;
-        if let Some(order) = &order {
-            let rows = Tensor::from_slice(order, order.len(), &Device::Cpu)?;
-            weight = weight.index_select(&rows, 0)?;
-        }
         let bias = match bias {
             false => None,
             true => {
                 let mut values = self.vector(&format!("{name}.bias"), Some(outputs))?;
                 if let Some(order) = &order {
-                    values = order.iter().map(|row| values[*row as usize]).collect();
+                    values = order.iter().map(|row| values[*row]).collect();
                 }
                 Some(Tensor::from_vec(values, outputs, &Device::Cpu)?)
             }
         };
-        Ok(Linear::new(weight, bias))
+        if self.precision == Precision::Stored {
+            let matrix = self.stored(&weight_name, info)?;
+            let matrix = order.map_or(matrix.clone(), |order| matrix.with_row_order(&order));
+            return Ok(Linear::stored(matrix, self.kernel, bias));
+        }
+        let mut weight = self.dequantise(&weight_name, info)?;
+        if let Some(order) = order {
+            let order: Vec<_> = order.into_iter().map(|row| row as u32).collect();
+            weight = weight.index_select(&Tensor::new(order, &Device::Cpu)?, 0)?;
+        }
+        Ok(Linear::dense(weight, bias))
     }
 
     /// A table `[rows, width]` that stays as stored; rows from the file.
@@ -92,12 +116,7 @@ impl<'a> Weights<'a> {
         let info = self.info(name)?;
         let rows = info.shape.first().copied().unwrap_or(0);
         self.shape(name, info, &[rows, width])?;
-        let bytes = self.gguf.bytes_of(info)?;
-        let table = RowTable::new(&bytes, info.dtype, rows, width)?;
-        if !table.is_finite()? {
-            return Err(ModelError::NotFinite { name: name.to_owned() }.into());
-        }
-        Ok(table)
+        Ok(RowTable::new(self.stored(name, info)?, self.kernel))
     }
 
     /// Refuses a file with tensors that nothing asked for: it is not the model its metadata claims.
@@ -126,6 +145,18 @@ impl<'a> Weights<'a> {
         Err(ModelError::TensorShape { name: name.to_owned(), expected, got }.into())
     }
 
+    /// A matrix as it lies in the file.
+    fn stored(&self, name: &str, info: &TensorInfo) -> Result<QuantMatrix, WeightError> {
+        let &[rows, cols] = info.shape.as_slice() else { unreachable!("callers have checked the shape") };
+        let bytes = self.gguf.bytes_of(info)?;
+        let range = 0..bytes.len();
+        let kind = kind(info.dtype)
+            .ok_or_else(|| ModelError::StoredType { name: name.to_owned(), dtype: format!("{:?}", info.dtype) })?;
+        let matrix = QuantMatrix::new(kind, rows, cols, Arc::new(bytes), range)
+            .map_err(|source| ModelError::StoredShape { name: name.to_owned(), source })?;
+        if matrix.is_finite() { Ok(matrix) } else { Err(ModelError::NotFinite { name: name.to_owned() }.into()) }
+    }
+
     fn dequantise(&self, name: &str, info: &TensorInfo) -> Result<Tensor, WeightError> {
         let bytes = self.gguf.bytes_of(info)?;
         let tensor = quantised(&bytes, info.dtype, &info.shape)?.dequantize(&Device::Cpu)?;
@@ -139,20 +170,40 @@ impl<'a> Weights<'a> {
 }
 
 /// Encoded values as candle holds them.
-pub(crate) fn quantised(bytes: &[u8], dtype: GgmlDType, shape: &[usize]) -> candle_core::Result<QTensor> {
+fn quantised(bytes: &[u8], dtype: GgmlDType, shape: &[usize]) -> candle_core::Result<QTensor> {
     let storage = QStorage::from_data(Cow::Borrowed(bytes), &Device::Cpu, dtype)?;
     QTensor::new(storage, shape)
 }
 
+/// Our name of a storage type; `None` for the two that only activations have.
+fn kind(dtype: GgmlDType) -> Option<QuantKind> {
+    Some(match dtype {
+        GgmlDType::F32 => QuantKind::F32,
+        GgmlDType::F16 => QuantKind::F16,
+        GgmlDType::BF16 => QuantKind::Bf16,
+        GgmlDType::Q4_0 => QuantKind::Q4_0,
+        GgmlDType::Q4_1 => QuantKind::Q4_1,
+        GgmlDType::Q5_0 => QuantKind::Q5_0,
+        GgmlDType::Q5_1 => QuantKind::Q5_1,
+        GgmlDType::Q8_0 => QuantKind::Q8_0,
+        GgmlDType::Q2K => QuantKind::Q2K,
+        GgmlDType::Q3K => QuantKind::Q3K,
+        GgmlDType::Q4K => QuantKind::Q4K,
+        GgmlDType::Q5K => QuantKind::Q5K,
+        GgmlDType::Q6K => QuantKind::Q6K,
+        GgmlDType::Q8_1 | GgmlDType::Q8K => return None,
+    })
+}
+
 /// For each row in the halves layout, the row that holds it in a file permuted for adjacent pairs:
 /// `halves[h * D + j * D/2 + i] = file[h * D + 2 * i + j]`.
-fn halves_order(rows: usize, head_dim: usize) -> Vec<u32> {
+fn halves_order(rows: usize, head_dim: usize) -> Vec<usize> {
     let half = head_dim / 2;
     (0..rows)
         .map(|row| {
             let (head, inside) = (row / head_dim, row % head_dim);
             let (j, i) = (inside / half, inside % half);
-            u32::try_from(head * head_dim + 2 * i + j).expect("sizes are bounded when the configuration is read")
+            head * head_dim + 2 * i + j
         })
         .collect()
 }

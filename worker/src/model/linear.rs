@@ -3,9 +3,13 @@
 //! The one place that multiplies with weights, so that faster paths and adapters have one place to go. Weights are either
 //! f32 or as the file stores them; activations and results are f32 always.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Result, Storage, Tensor};
+use rayon::prelude::*;
 
 use super::quant::{Kernel, QuantMatrix};
+
+/// Weight rows that one thread takes at a time.
+const ROWS_PER_TASK: usize = 64;
 
 /// A projection with weight `[outputs, inputs]`.
 #[derive(Debug, Clone)]
@@ -39,6 +43,7 @@ impl Linear {
     /// Only if the widths do not match.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = match &self.weight {
+            Weight::Dense(weight) if x.dim(0)? == 1 => one_row(x, weight)?,
             Weight::Dense(weight) => x.matmul(&weight.t()?)?,
             Weight::Stored { matrix, kernel } => product(x, matrix, *kernel)?,
         };
@@ -49,6 +54,43 @@ impl Linear {
     }
 }
 
+/// `x Wᵀ` for `x` `[1, inputs]` and `W` `[outputs, inputs]`, both f32. One row is bound by memory, so weight rows are read
+/// where they lie and shared out among threads.
+fn one_row(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (outputs, inputs) = weight.dims2()?;
+    let x = x.flatten_all()?.to_vec1::<f32>()?;
+    let (storage, layout) = weight.storage_and_layout();
+    let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+        candle_core::bail!("f32 weights are multiplied on the CPU, rows together");
+    };
+    if x.len() != inputs {
+        candle_core::bail!("a row of {} times {:?}", x.len(), weight.shape());
+    }
+    let weight = &storage.as_slice::<f32>()?[start..end];
+    let mut y = vec![0.0_f32; outputs];
+    let tasks = weight.par_chunks(ROWS_PER_TASK * inputs).zip(y.par_chunks_mut(ROWS_PER_TASK));
+    tasks.for_each(|(rows, y)| {
+        for (row, y) in rows.chunks_exact(inputs).zip(y) {
+            *y = dot(row, &x);
+        }
+    });
+    Tensor::from_vec(y, (1, outputs), &Device::Cpu)
+}
+
+/// Inner product with sixteen running sums, which compilers turn into vector code.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0_f32; 16];
+    let (a_chunks, a_tail) = a.as_chunks::<16>();
+    let (b_chunks, b_tail) = b.as_chunks::<16>();
+    for (x, y) in a_chunks.iter().zip(b_chunks) {
+        for lane in 0..16 {
+            sums[lane] += x[lane] * y[lane];
+        }
+    }
+    let tail: f32 = a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum();
+    sums.iter().sum::<f32>() + tail
+}
+
 /// `x Wᵀ` for `x` `[T, inputs]` and a stored `W` `[outputs, inputs]`.
 pub(super) fn product(x: &Tensor, matrix: &QuantMatrix, kernel: Kernel) -> Result<Tensor> {
     let (count, width) = x.dims2()?;
@@ -57,7 +99,7 @@ pub(super) fn product(x: &Tensor, matrix: &QuantMatrix, kernel: Kernel) -> Resul
     }
     let x = x.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
-    let candle_core::Storage::Cpu(storage) = &*storage else {
+    let Storage::Cpu(storage) = &*storage else {
         candle_core::bail!("stored weights are multiplied on the CPU");
     };
     let values = &storage.as_slice::<f32>()?[layout.start_offset()..][..count * width];

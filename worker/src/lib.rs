@@ -7,6 +7,8 @@
 #[cfg(feature = "executor")]
 pub mod cache;
 #[cfg(feature = "executor")]
+pub mod experiment;
+#[cfg(feature = "executor")]
 pub mod model;
 #[cfg(feature = "executor")]
 pub mod random;

@@ -5,6 +5,7 @@
 //! - `families`: every family on tiny random models written by `tiny`: prefill, caches, moves, packets.
 //! - `damage`: files that lie, are cut or are garbage.
 //! - `text`: tokenizers and chat templates.
+//! - `experiments`: the procedures, on tiny models and on the real ones.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,5 +13,10 @@
     reason = "tests panic, and say on stderr what they skip and measure"
 )]
 
+mod damage;
+mod experiments;
+mod families;
 mod reference;
 mod stored;
+mod text;
+mod tiny;

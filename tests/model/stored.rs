@@ -2,7 +2,7 @@
 
 use worker::model::{LoadOptions, Logits, Model, Precision};
 
-use crate::reference::{GEMMA3, Reference, SMOLLM2, model_file, rates};
+use crate::reference::{GEMMA3, Reference, SMOLLM2, load_real, rates};
 
 /// Mean KL(f32 ‖ stored) over positions that 8-bit activations may cost; llama.cpp's own path costs 4e-3 to 8e-3 here.
 const MEAN_KL_MAX: f64 = 1e-2;
@@ -30,10 +30,10 @@ fn all_logits(model: &Model, ids: &[u32], pass: usize) -> Vec<Vec<f32>> {
 }
 
 fn check((name, json): (&str, &str)) {
-    let Some(path) = model_file(name) else { return };
+    let Some((exact, _turn)) = load_real((name, json)) else { return };
     let reference: Reference = serde_json::from_str(json).unwrap();
-    let exact = Model::load(&path, &LoadOptions::default()).unwrap();
-    let stored = Model::load(&path, &LoadOptions { precision: Precision::Stored, ..LoadOptions::default() }).unwrap();
+    let stored =
+        Model::load(exact.path(), &LoadOptions { precision: Precision::Stored, ..LoadOptions::default() }).unwrap();
     let mut costs = Vec::new();
     for case in reference.cases.iter().filter(|case| case.ids.len() <= 64) {
         let want = all_logits(&exact, &case.ids, 64);

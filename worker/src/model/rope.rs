@@ -1,4 +1,4 @@
-//! Rotary position embedding on halves: pair i is (x[i], x[i + D/2]).
+//! Rotary position embedding on halves: pair i is `(x[i], x[i + D/2])`.
 //!
 //! R(p) turns pair i by p * w_i, so R(a) R(b) = R(a + b) and R(p)^-1 = R(-p): keys can be moved to other positions
 //! without the model. Angles are computed in f64 from frequencies rounded to f32, as Hugging Face's models have them;

@@ -178,9 +178,9 @@ pub struct ShardRow {
     pub attempts: u32,
     /// Seats of the open or the committed attempt.
     pub seats: Vec<SeatRow>,
-    /// Progress of all seats together.
+    /// Progress of all seats together, in thousandths.
     pub progress: Progress,
-    /// Why it waits, in one sentence; `None` unless it waits.
+    /// Why it waits, in one sentence; `None` unless it waits, and beyond the first shards that do.
     pub waiting: Option<String>,
     /// The newest failure, also of a shard that was placed again since.
     pub failure: Option<FailureRow>,
@@ -458,7 +458,7 @@ pub struct ApiError {
     /// What to try, if we can tell.
     pub hint: Option<String>,
     /// The place in the file, for [`ErrorCode::BadSweep`].
-    pub source_error: Option<SourceError>,
+    pub source_error: Option<Box<SourceError>>,
 }
 
 /// Stable codes of failures.
@@ -503,7 +503,7 @@ impl From<SourceError> for ApiError {
             code: ErrorCode::BadSweep,
             message: error.to_string(),
             hint: error.hint.clone(),
-            source_error: Some(error),
+            source_error: Some(Box::new(error)),
         }
     }
 }

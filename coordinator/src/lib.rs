@@ -2,9 +2,10 @@
 //!
 //! Layout:
 //! - [`scheduler`]: pure, builds alone (`--no-default-features`); everything else is behind the feature `runtime`.
-//! - [`driver`]: the only loop.
+//! - [`driver`]: the only loop. [`journal`]: every event, durable. [`clock`]: the only wall clock.
 //! - [`authority`]: the cluster's keys, and signing workers. [`net`]: the UDP port: joining, sessions, uploads.
-//! - [`api`]: what the HTTP API says.
+//! - [`api`]: what the HTTP API says. [`http`]: saying it on a unix socket.
+//! - [`serve`]: all of it, started and stopped in order.
 
 pub mod scheduler;
 
@@ -13,6 +14,14 @@ pub mod api;
 #[cfg(feature = "runtime")]
 pub mod authority;
 #[cfg(feature = "runtime")]
+pub mod clock;
+#[cfg(feature = "runtime")]
 pub mod driver;
 #[cfg(feature = "runtime")]
+pub mod http;
+#[cfg(feature = "runtime")]
+pub mod journal;
+#[cfg(feature = "runtime")]
 pub mod net;
+#[cfg(feature = "runtime")]
+pub mod serve;

@@ -183,7 +183,7 @@ async fn drive(
             Command::Disconnected { worker, session } => {
                 script.outboxes.retain(|of, (latest, _)| (*of, *latest) != (worker, session));
             }
-            Command::Token { id, reply } => drop(reply.send(script.tokens.get(&id).copied())),
+            Command::Token { id, reply } => drop(reply.send(Ok(script.tokens.get(&id).copied()))),
             Command::Redeem { id, spki_sha256, reply, .. } => drop(reply.send(redeem(&mut script, id, spki_sha256))),
             Command::Admissible { worker, reply, .. } => {
                 let _ = reply.send(script.denied.get(&worker).map_or(Ok(()), |code| Err(*code)));

@@ -5,13 +5,14 @@
 use std::net::SocketAddr;
 
 use protocol::control::{Hello, Refused, ToCoordinator, ToWorker, Welcome, close, refusal};
-use protocol::ids::{RunId, ShardId, TokenId, WorkerId};
+use protocol::ids::{AttemptId, RunId, ShardId, TokenId, WorkerId};
+use protocol::store::Manifest;
 use protocol::time::UnixMillis;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::api::{
-    ApiError, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunSummary, SubmitAnswer, TokenRow,
-    TokenState, WorkerRow,
+    ApiError, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunResults, RunSummary, SubmitAnswer,
+    TokenRow, TokenState, WorkerRow,
 };
 
 pub use crate::scheduler::NewRun;
@@ -74,7 +75,7 @@ pub enum Command {
     },
     Token {
         id: TokenId,
-        reply: oneshot::Sender<Option<TokenRecord>>,
+        reply: oneshot::Sender<Result<Option<TokenRecord>, Refused>>,
     },
     Redeem {
         id: TokenId,
@@ -92,11 +93,22 @@ pub enum Command {
         reply: oneshot::Sender<Result<SubmitAnswer, ApiError>>,
     },
     Runs {
-        reply: oneshot::Sender<Vec<RunSummary>>,
+        reply: oneshot::Sender<Result<Vec<RunSummary>, ApiError>>,
     },
     Run {
         run: RunId,
         reply: oneshot::Sender<Result<RunDetail, ApiError>>,
+    },
+    Results {
+        run: RunId,
+        reply: oneshot::Sender<Result<RunResults, ApiError>>,
+    },
+    Manifest {
+        attempt: AttemptId,
+        reply: oneshot::Sender<Result<Option<Manifest>, ApiError>>,
+    },
+    Stop {
+        reply: oneshot::Sender<()>,
     },
     Explain {
         shard: ShardId,
@@ -112,7 +124,7 @@ pub enum Command {
         reply: oneshot::Sender<Result<RetryAnswer, ApiError>>,
     },
     Workers {
-        reply: oneshot::Sender<Vec<WorkerRow>>,
+        reply: oneshot::Sender<Result<Vec<WorkerRow>, ApiError>>,
     },
     Drain {
         worker: WorkerId,
@@ -130,14 +142,14 @@ pub enum Command {
         reply: oneshot::Sender<Result<TokenRow, ApiError>>,
     },
     Tokens {
-        reply: oneshot::Sender<Vec<TokenRow>>,
+        reply: oneshot::Sender<Result<Vec<TokenRow>, ApiError>>,
     },
     RevokeToken {
         id: TokenId,
         reply: oneshot::Sender<Result<TokenRow, ApiError>>,
     },
     Cluster {
-        reply: oneshot::Sender<ClusterInfo>,
+        reply: oneshot::Sender<Result<ClusterInfo, ApiError>>,
     },
 }
 
@@ -198,9 +210,12 @@ impl DriverHandle {
         let _ = self.commands.send(Command::Disconnected { worker, session }).await;
     }
 
-    /// What is needed to check the proof of a box that joins. `None`: no such token, or the coordinator is stopping.
-    pub async fn token(&self, id: TokenId) -> Option<TokenRecord> {
-        self.ask(|reply| Command::Token { id, reply }).await.ok().flatten()
+    /// What is needed to check the proof of a box that joins. `None`: no such token.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` of [`refusal`].
+    pub async fn token(&self, id: TokenId) -> Result<Option<TokenRecord>, Refused> {
+        self.ask(|reply| Command::Token { id, reply }).await?
     }
 
     /// Uses a token whose proof was checked: names the worker, in the journal before this returns. The same key with the
@@ -221,6 +236,33 @@ impl DriverHandle {
     }
 }
 
+/// For whoever runs the driver.
+impl DriverHandle {
+    /// Ends the loop after what is in its queue; returns when it has let go of the journal.
+    pub async fn stop(&self) {
+        // Already gone is as good.
+        let _ = self.ask(|reply| Command::Stop { reply }).await;
+    }
+
+    /// A handle that does not keep the driver alive.
+    pub fn downgrade(&self) -> WeakDriverHandle {
+        WeakDriverHandle { commands: self.commands.downgrade() }
+    }
+}
+
+/// A handle that does not keep the driver alive.
+#[derive(Debug, Clone)]
+pub struct WeakDriverHandle {
+    commands: mpsc::WeakSender<Command>,
+}
+
+impl WeakDriverHandle {
+    /// The handle, unless the driver is gone.
+    pub fn upgrade(&self) -> Option<DriverHandle> {
+        self.commands.upgrade().map(|commands| DriverHandle { commands })
+    }
+}
+
 /// For HTTP. Each answers with what the API says, [`ErrorCode::Stopping`] included.
 impl DriverHandle {
     /// Accepts a run, whole.
@@ -230,7 +272,7 @@ impl DriverHandle {
 
     /// Every run, newest first.
     pub async fn runs(&self) -> Result<Vec<RunSummary>, ApiError> {
-        Ok(self.ask(|reply| Command::Runs { reply }).await?)
+        self.ask(|reply| Command::Runs { reply }).await?
     }
 
     /// One run with its shards.
@@ -253,9 +295,19 @@ impl DriverHandle {
         self.ask(|reply| Command::Retry { run, reply }).await?
     }
 
+    /// What a run's committed shards made, by index; `result` is left for who reads the store.
+    pub async fn results(&self, run: RunId) -> Result<RunResults, ApiError> {
+        self.ask(|reply| Command::Results { run, reply }).await?
+    }
+
+    /// The manifest of a committed attempt; `None` if it is not one.
+    pub async fn manifest(&self, attempt: AttemptId) -> Result<Option<Manifest>, ApiError> {
+        self.ask(|reply| Command::Manifest { attempt, reply }).await?
+    }
+
     /// Every worker that ever joined.
     pub async fn workers(&self) -> Result<Vec<WorkerRow>, ApiError> {
-        Ok(self.ask(|reply| Command::Workers { reply }).await?)
+        self.ask(|reply| Command::Workers { reply }).await?
     }
 
     /// No new work for a worker.
@@ -280,7 +332,7 @@ impl DriverHandle {
 
     /// Every token, newest first.
     pub async fn tokens(&self) -> Result<Vec<TokenRow>, ApiError> {
-        Ok(self.ask(|reply| Command::Tokens { reply }).await?)
+        self.ask(|reply| Command::Tokens { reply }).await?
     }
 
     /// Withdraws a token; boxes that joined with it stay.
@@ -288,8 +340,8 @@ impl DriverHandle {
         self.ask(|reply| Command::RevokeToken { id, reply }).await?
     }
 
-    /// The cluster in one page.
+    /// The cluster in one page; `listen` is left empty for who opened the port.
     pub async fn cluster(&self) -> Result<ClusterInfo, ApiError> {
-        Ok(self.ask(|reply| Command::Cluster { reply }).await?)
+        self.ask(|reply| Command::Cluster { reply }).await?
     }
 }

@@ -4,7 +4,6 @@
 //! driver's to say; it is only asked once the proof holds, so a guesser learns nothing about tokens.
 
 use std::net::SocketAddr;
-use std::time::SystemTime;
 
 use protocol::control::{FromAuthority, Join, Joined, Refused, ToAuthority, close, refusal};
 use protocol::identity::{CertificateRole, EXPORTER_BYTES, PROOF_LABEL, SecretHash};
@@ -61,7 +60,7 @@ async fn answer(send: &mut SendStream, message: FromAuthority) {
 
 async fn decide(joiner: &Joiner, join: &Join, remote: SocketAddr, shared: &Shared) -> Result<Joined, Refused> {
     let refused = |code, text: &str| Refused { code, text: text.to_owned() };
-    let now = SystemTime::now();
+    let now = crate::clock::system();
     if !lock(&shared.limits).may_try(remote.ip(), now.into()) {
         return Err(refused(refusal::RATE, "too many tries from this address; wait a minute"));
     }
@@ -90,7 +89,7 @@ async fn check_proof(joiner: &Joiner, join: &Join, shared: &Shared) -> Result<()
         code: refusal::TOKEN_UNKNOWN,
         text: format!("token {} is not known here, or its secret is wrong", join.token),
     };
-    let record = shared.driver.token(join.token).await.ok_or_else(unknown)?;
+    let record = shared.driver.token(join.token).await?.ok_or_else(unknown)?;
     let mut exporter = [0; EXPORTER_BYTES];
     joiner
         .connection()

@@ -6,9 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use protocol::control::{
-    CancelSeat, Failure, FailureKind, Heartbeat, HeartbeatAck, HeldSeat, Hello, SeatProgress, SeatSettled,
-};
+use protocol::control::{CancelSeat, Failure, FailureKind, Heartbeat, HeldSeat, Hello, SeatProgress, SeatSettled};
 use protocol::hardware::{Device, Telemetry};
 use protocol::ids::{AttemptId, DeviceRef, Role, WorkerId};
 use protocol::limits::{DEVICES_PER_WORKER_MAX, HEARTBEAT_INTERVAL_MS, clean_text};
@@ -92,7 +90,6 @@ impl Scheduler {
         known.heard_at = now;
         let telemetry = heartbeat.telemetry.into_iter().take(DEVICES_PER_WORKER_MAX).map(clean_telemetry);
         known.telemetry = telemetry.map(|telemetry| (telemetry.device.clone(), telemetry)).collect();
-        self.send(worker, HeartbeatAck { sequence: heartbeat.sequence });
         self.reconcile(worker, &heartbeat.held, Occasion::Heartbeat);
         self.unsettled = true;
     }

@@ -1,0 +1,308 @@
+//! The driver on a journal in memory and a store in a temporary directory.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use protocol::control::{Heartbeat, SeatSettled};
+use protocol::control::{HeldSeat, Hello, SeatFinished, StartSeat, ToCoordinator, ToWorker, Usage, refusal};
+use protocol::experiment::{InspectSpec, LayerSelection, ShardSpec};
+use protocol::hardware::{Device, DeviceKind, Telemetry};
+use protocol::ids::{DeviceId, RunId, WorkerId};
+use protocol::store::Store;
+use protocol::store::threads::StoreThreads;
+use protocol::time::UnixMillis;
+use tokio::sync::mpsc;
+
+use super::{DriverHandle, DriverParts, NewRun};
+use crate::api::{ErrorCode, RunState, ShardState};
+use crate::journal::JournalThread;
+use crate::journal::memory::MemoryJournal;
+use crate::scheduler::{Event, Settings};
+
+const KEY: [u8; 32] = [3; 32];
+const MODEL: &str = "smollm2-135m-instruct";
+
+struct Bench {
+    driver: DriverHandle,
+    journal: MemoryJournal,
+    store: Store,
+    _directory: tempfile::TempDir,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::init(&directory.path().join("store"), UnixMillis(1)).unwrap();
+        let journal = MemoryJournal::new();
+        let driver = started(&journal, &store).await;
+        Self { driver, journal, store, _directory: directory }
+    }
+
+    /// Another driver on the same journal and store, after the first has stopped.
+    async fn restart(&mut self) {
+        self.driver.stop().await;
+        self.driver = started(&self.journal, &self.store).await;
+    }
+
+    async fn worker(&self) -> WorkerId {
+        let token = self.driver.create_token([1; 32], 60_000, 1).await.unwrap();
+        self.driver.redeem(token.id, KEY, "box".to_owned()).await.unwrap()
+    }
+
+    async fn submit(&self) -> RunId {
+        self.driver.submit(new_run()).await.unwrap().run
+    }
+
+    fn events(&self) -> Vec<&'static str> {
+        self.journal.shared().records.iter().map(|record| record.event.kind()).collect()
+    }
+
+    async fn manifests_written(&self) {
+        while self.driver.cluster().await.unwrap().manifests_pending > 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+async fn started(journal: &MemoryJournal, store: &Store) -> DriverHandle {
+    let parts = DriverParts {
+        journal: JournalThread::start(Box::new(journal.clone())).unwrap(),
+        settings: Settings::default(),
+        store: store.clone(),
+        store_threads: StoreThreads::start().unwrap(),
+    };
+    super::start(parts).await.unwrap().0
+}
+
+fn new_run() -> NewRun {
+    let spec = InspectSpec { model: MODEL.to_owned(), layers: LayerSelection::All, texts: 2, seed: 1 };
+    let specs = vec![ShardSpec::Inspect(spec)];
+    NewRun { name: "first".into(), priority: 0, seed: 1, file: "a.toml".into(), text: "name = \"first\"".into(), specs }
+}
+
+fn observed() -> SocketAddr {
+    "127.0.0.1:5000".parse().unwrap()
+}
+
+fn hello(held: Vec<HeldSeat>) -> Hello {
+    Hello {
+        build: "test".to_owned(),
+        hostname: "box".to_owned(),
+        epoch: UnixMillis(1),
+        devices: vec![Device {
+            id: DeviceId("cpu".to_owned()),
+            kind: DeviceKind::Cpu,
+            model: "Some CPU".to_owned(),
+            compute_capability: None,
+            memory_total_bytes: 16_000_000_000,
+            memory_budget_bytes: 8_000_000_000,
+            threads: 2,
+            unusable: None,
+        }],
+        models: vec![MODEL.to_owned()],
+        held,
+        peer_port: 7000,
+        addresses: Vec::new(),
+    }
+}
+
+fn heartbeat() -> ToCoordinator {
+    let telemetry = Telemetry {
+        device: DeviceId("cpu".to_owned()),
+        memory_free_bytes: 8_000_000_000,
+        memory_ours_bytes: 0,
+        utilisation_percent: Some(3),
+        temperature_celsius: None,
+        power_milliwatts: None,
+        sick: None,
+    };
+    Heartbeat { sequence: 1, telemetry: vec![telemetry], held: Vec::new() }.into()
+}
+
+/// Publishes a result and says that the seat is done.
+fn finished(start: &StartSeat, store: &Store) -> ToCoordinator {
+    let (hash, bytes) = store.publish_bytes(b"{}").unwrap();
+    SeatFinished {
+        attempt: start.attempt,
+        role: start.role,
+        outputs: vec![protocol::control::Output { name: "result.json".to_owned(), hash, bytes }],
+        usage: Usage::default(),
+        models: Vec::new(),
+        build: "test".to_owned(),
+    }
+    .into()
+}
+
+async fn next_start(outbox: &mut mpsc::Receiver<ToWorker>) -> StartSeat {
+    loop {
+        if let ToWorker::StartSeat(start) = outbox.recv().await.expect("the session is open") {
+            return start;
+        }
+    }
+}
+
+async fn next_settled(outbox: &mut mpsc::Receiver<ToWorker>) -> SeatSettled {
+    loop {
+        if let ToWorker::SeatSettled(settled) = outbox.recv().await.expect("the session is open") {
+            return settled;
+        }
+    }
+}
+
+fn manifest_is_there(bench: &Bench, run: RunId) -> bool {
+    let shard = protocol::ids::ShardId { run, index: 0 };
+    Path::exists(&bench.store.manifest_path(shard))
+}
+
+#[tokio::test]
+async fn a_shard_goes_from_submission_to_manifest() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let (outbox, mut messages) = mpsc::channel(16);
+    let welcome = bench.driver.connected(worker, 1, hello(Vec::new()), observed(), KEY, outbox).await.unwrap();
+    assert_eq!(welcome.store_uuid, bench.store.uuid());
+    bench.driver.message(worker, 1, heartbeat()).await.unwrap();
+    let run = bench.submit().await;
+    let start = next_start(&mut messages).await;
+    assert_eq!(bench.driver.run(run).await.unwrap().shards[0].state, ShardState::Running);
+
+    bench.driver.message(worker, 1, finished(&start, &bench.store)).await.unwrap();
+    assert!(next_settled(&mut messages).await.counted);
+    bench.manifests_written().await;
+    let manifests = bench.store.read_manifests(run).unwrap();
+    assert_eq!((manifests[0].fence, manifests[0].seats[0].device_model.as_str()), (start.attempt.fence, "Some CPU"));
+    let summary = bench.driver.run(run).await.unwrap().summary;
+    assert_eq!((summary.state, summary.done_per_mille, summary.note.as_str()), (RunState::Complete, 1000, ""));
+    assert!(bench.events().ends_with(&["AttemptPlaced", "SeatCompleted", "ShardCommitted", "RunFinished"]));
+}
+
+#[tokio::test]
+async fn what_was_answered_survives_a_restart_and_missing_manifests_are_written() {
+    let mut bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let (outbox, mut messages) = mpsc::channel(16);
+    bench.driver.connected(worker, 1, hello(Vec::new()), observed(), KEY, outbox).await.unwrap();
+    bench.driver.message(worker, 1, heartbeat()).await.unwrap();
+    let run = bench.submit().await;
+    let start = next_start(&mut messages).await;
+    bench.restart().await;
+    assert!(messages.recv().await.is_none(), "the session ended with the old driver");
+
+    // The worker comes back with what it finished meanwhile.
+    let held = HeldSeat { attempt: start.attempt, role: start.role, progress: Default::default() };
+    let (outbox, mut messages) = mpsc::channel(16);
+    bench.driver.connected(worker, 1, hello(vec![held]), observed(), KEY, outbox).await.unwrap();
+    bench.driver.message(worker, 1, finished(&start, &bench.store)).await.unwrap();
+    assert!(next_settled(&mut messages).await.counted);
+    bench.manifests_written().await;
+    let placed = bench.events().iter().filter(|kind| **kind == "AttemptPlaced").count();
+    assert_eq!(placed, 1, "nothing ran twice");
+
+    std::fs::remove_file(bench.store.manifest_path(start.attempt.shard)).unwrap();
+    bench.restart().await;
+    bench.manifests_written().await;
+    assert!(manifest_is_there(&bench, run));
+}
+
+#[tokio::test]
+async fn a_journal_that_cannot_be_written_accepts_nothing_and_recovers() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let (outbox, mut messages) = mpsc::channel(16);
+    bench.driver.connected(worker, 1, hello(Vec::new()), observed(), KEY, outbox).await.unwrap();
+    let before = bench.journal.shared().records.len();
+
+    bench.journal.shared().full = true;
+    let refused = bench.driver.submit(new_run()).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::JournalUnavailable);
+    assert!(refused.message.ends_with("nothing was accepted"), "{}", refused.message);
+    assert!(messages.recv().await.is_none(), "sessions end: what they said is not known any more");
+    let (outbox, _messages) = mpsc::channel(16);
+    let refused = bench.driver.connected(worker, 2, hello(Vec::new()), observed(), KEY, outbox).await.unwrap_err();
+    assert_eq!(refused.code, refusal::UNAVAILABLE);
+    assert_eq!(bench.driver.runs().await.unwrap_err().code, ErrorCode::JournalUnavailable);
+    assert_eq!(bench.journal.shared().records.len(), before);
+
+    bench.journal.shared().full = false;
+    let run = loop {
+        match bench.driver.submit(new_run()).await {
+            Ok(answer) => break answer.run,
+            Err(error) => assert_eq!(error.code, ErrorCode::JournalUnavailable),
+        }
+    };
+    assert_eq!(run, RunId(1), "the refused run left no trace");
+    let accepted = bench.events().iter().filter(|kind| **kind == "RunAccepted").count();
+    assert_eq!(accepted, 1);
+}
+
+#[tokio::test]
+async fn a_store_that_is_away_delays_manifests_and_says_so() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let (outbox, mut messages) = mpsc::channel(16);
+    bench.driver.connected(worker, 1, hello(Vec::new()), observed(), KEY, outbox).await.unwrap();
+    bench.driver.message(worker, 1, heartbeat()).await.unwrap();
+    let run = bench.submit().await;
+    let start = next_start(&mut messages).await;
+    let done = finished(&start, &bench.store);
+    let sentinel = bench.store.root().join(protocol::store::SENTINEL);
+    let aside = bench.store.root().join("aside");
+    std::fs::rename(&sentinel, &aside).unwrap();
+    bench.driver.message(worker, 1, done).await.unwrap();
+    assert!(next_settled(&mut messages).await.counted, "the journal has it, that is what counts");
+    let note = loop {
+        let note = bench.driver.run(run).await.unwrap().summary.note;
+        if !note.is_empty() {
+            break note;
+        }
+    };
+    assert!(note.starts_with("1 manifests wait for the store"), "{note}");
+    assert!(bench.driver.cluster().await.unwrap().store_problem.is_some());
+    std::fs::rename(&aside, &sentinel).unwrap();
+    bench.manifests_written().await;
+    assert!(manifest_is_there(&bench, run));
+    assert!(bench.driver.run(run).await.unwrap().summary.note.is_empty());
+}
+
+#[tokio::test]
+async fn a_worker_that_does_not_read_is_let_go() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let (outbox, mut messages) = mpsc::channel(1);
+    bench.driver.connected(worker, 1, hello(Vec::new()), observed(), KEY, outbox).await.unwrap();
+    for _ in 0..2 {
+        // Each is answered with a settlement that does not count.
+        let start = finished_elsewhere();
+        bench.driver.message(worker, 1, start).await.unwrap();
+    }
+    bench.driver.cluster().await.unwrap();
+    assert!(messages.recv().await.is_some());
+    assert!(messages.recv().await.is_none(), "the second did not fit");
+}
+
+fn finished_elsewhere() -> ToCoordinator {
+    SeatFinished {
+        attempt: protocol::ids::AttemptId { shard: "r9.9".parse().unwrap(), fence: protocol::ids::Fence(9) },
+        role: protocol::ids::Role::Main,
+        outputs: Vec::new(),
+        usage: Usage::default(),
+        models: Vec::new(),
+        build: String::new(),
+    }
+    .into()
+}
+
+#[tokio::test]
+async fn only_the_right_key_of_a_worker_in_good_standing_is_admitted() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    assert_eq!(bench.driver.admissible(worker, KEY).await, Ok(()));
+    assert_eq!(bench.driver.admissible(worker, [4; 32]).await, Err(protocol::control::close::ROLE));
+    assert_eq!(bench.driver.admissible(WorkerId(9), KEY).await, Err(protocol::control::close::ROLE));
+    bench.driver.revoke_worker(worker).await.unwrap();
+    assert_eq!(bench.driver.admissible(worker, KEY).await, Err(protocol::control::close::REVOKED));
+    let revoked = matches!(bench.journal.shared().records.last().unwrap().event, Event::WorkerRevoked { .. });
+    assert!(revoked);
+    bench.driver.stop().await;
+    assert_eq!(bench.driver.admissible(worker, KEY).await, Err(protocol::control::close::RESTARTING));
+}

@@ -1,0 +1,158 @@
+//! A handler a route: reads the request, asks the driver, answers.
+//!
+//! Bodies and ids are read by hand, so that what is wrong with them is an [`ApiError`] like everything else.
+
+use std::str::FromStr;
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::http::Uri;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use protocol::identity::{JoinToken, Secret};
+use protocol::ids::ParseIdError;
+use protocol::limits::TOKEN_TTL_MS;
+use protocol::sweep::Sweep;
+use serde::de::DeserializeOwned;
+
+use super::{BODY_BYTES_MAX, Failed, HttpParts, results};
+use crate::api::{
+    ApiError, CancelRequest, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunResults, RunSummary,
+    SubmitAnswer, SubmitRequest, TokenCreated, TokenRequest, TokenRow, WorkerRow,
+};
+use crate::driver::NewRun;
+
+type Parts = State<Arc<HttpParts>>;
+type Body = Result<Bytes, BytesRejection>;
+type Answer<T> = Result<Json<T>, Failed>;
+
+pub(super) fn router(parts: Arc<HttpParts>) -> Router {
+    Router::new()
+        .route("/v1/cluster", get(cluster))
+        .route("/v1/runs", get(runs).post(submit))
+        .route("/v1/runs/{run}", get(run))
+        .route("/v1/runs/{run}/results", get(run_results))
+        .route("/v1/runs/{run}/cancel", post(cancel))
+        .route("/v1/runs/{run}/retry", post(retry))
+        .route("/v1/shards/{shard}/explain", get(explain))
+        .route("/v1/workers", get(workers))
+        .route("/v1/workers/{worker}/drain", post(drain))
+        .route("/v1/workers/{worker}/undrain", post(undrain))
+        .route("/v1/workers/{worker}/revoke", post(revoke_worker))
+        .route("/v1/tokens", get(tokens).post(create_token))
+        .route("/v1/tokens/{token}/revoke", post(revoke_token))
+        .fallback(async |uri: Uri| not_here(&uri))
+        .method_not_allowed_fallback(async |uri: Uri| not_here(&uri))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(parts)
+}
+
+fn not_here(uri: &Uri) -> Failed {
+    Failed(ApiError::new(ErrorCode::NotFound, format!("nothing answers this method at {}", uri.path())))
+}
+
+async fn cluster(State(parts): Parts) -> Answer<ClusterInfo> {
+    let info = parts.driver.cluster().await?;
+    Ok(Json(ClusterInfo { listen: parts.listen.clone(), ..info }))
+}
+
+async fn submit(State(parts): Parts, body: Body) -> Answer<SubmitAnswer> {
+    let request: SubmitRequest = read(body)?;
+    // A large matrix takes a while to expand: not on a thread that others wait for.
+    let read = tokio::task::spawn_blocking(move || {
+        let sweep = Sweep::parse(&request.file, &request.text)?;
+        let Sweep { name, seed, priority, shards } = sweep;
+        let SubmitRequest { file, text } = request;
+        Ok::<_, protocol::error::SourceError>(NewRun { name, priority, seed, file, text, specs: shards })
+    });
+    let run = read.await.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
+    Ok(Json(parts.driver.submit(run.map_err(ApiError::from)?).await?))
+}
+
+async fn runs(State(parts): Parts) -> Answer<Vec<RunSummary>> {
+    Ok(Json(parts.driver.runs().await?))
+}
+
+async fn run(State(parts): Parts, Path(id): Path<String>) -> Answer<RunDetail> {
+    Ok(Json(parts.driver.run(parse(&id)?).await?))
+}
+
+async fn run_results(State(parts): Parts, Path(id): Path<String>) -> Answer<RunResults> {
+    let mut answer = parts.driver.results(parse(&id)?).await?;
+    results::fill(&mut answer, &parts.store, &parts.store_threads).await?;
+    Ok(Json(answer))
+}
+
+async fn cancel(State(parts): Parts, Path(id): Path<String>, body: Body) -> Answer<RunSummary> {
+    let request: CancelRequest = read(body)?;
+    Ok(Json(parts.driver.cancel(parse(&id)?, request.reason).await?))
+}
+
+async fn retry(State(parts): Parts, Path(id): Path<String>) -> Answer<RetryAnswer> {
+    Ok(Json(parts.driver.retry(parse(&id)?).await?))
+}
+
+async fn explain(State(parts): Parts, Path(id): Path<String>) -> Answer<Explanation> {
+    Ok(Json(parts.driver.explain(parse(&id)?).await?))
+}
+
+async fn workers(State(parts): Parts) -> Answer<Vec<WorkerRow>> {
+    Ok(Json(parts.driver.workers().await?))
+}
+
+async fn drain(State(parts): Parts, Path(id): Path<String>) -> Answer<WorkerRow> {
+    Ok(Json(parts.driver.drain(parse(&id)?).await?))
+}
+
+async fn undrain(State(parts): Parts, Path(id): Path<String>) -> Answer<WorkerRow> {
+    Ok(Json(parts.driver.undrain(parse(&id)?).await?))
+}
+
+async fn revoke_worker(State(parts): Parts, Path(id): Path<String>) -> Answer<WorkerRow> {
+    Ok(Json(parts.driver.revoke_worker(parse(&id)?).await?))
+}
+
+async fn tokens(State(parts): Parts) -> Answer<Vec<TokenRow>> {
+    Ok(Json(parts.driver.tokens().await?))
+}
+
+async fn create_token(State(parts): Parts, body: Body) -> Answer<TokenCreated> {
+    let request: TokenRequest = read(body)?;
+    let ttl_ms = if request.ttl_ms == 0 { TOKEN_TTL_MS } else { request.ttl_ms };
+    let random = crate::authority::random::<32>();
+    let secret = Secret(random.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?);
+    // Durable before it is shown; the journal never sees the secret.
+    let row = parts.driver.create_token(secret.hash().0, ttl_ms, request.uses).await?;
+    let facts = parts.tokens.clone();
+    let token = JoinToken {
+        coordinators: facts.coordinators,
+        cluster: facts.cluster,
+        authority_spki_sha256: facts.authority_spki_sha256,
+        token: row.id,
+        secret,
+    };
+    Ok(Json(TokenCreated { token: token.to_string(), id: row.id, expires_at_ms: row.expires_at_ms }))
+}
+
+async fn revoke_token(State(parts): Parts, Path(id): Path<String>) -> Answer<TokenRow> {
+    Ok(Json(parts.driver.revoke_token(parse(&id)?).await?))
+}
+
+/// Reads a body. An empty one is an empty object: an order with nothing to add needs no body.
+fn read<T: DeserializeOwned>(body: Body) -> Result<T, Failed> {
+    let bytes = body.map_err(|rejection| match rejection.status() {
+        axum::http::StatusCode::PAYLOAD_TOO_LARGE => {
+            ApiError::new(ErrorCode::TooLarge, format!("the request is over the limit of {BODY_BYTES_MAX} bytes"))
+        }
+        _ => ApiError::new(ErrorCode::BadRequest, rejection.body_text()),
+    })?;
+    let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
+    let read = serde_json::from_slice(text);
+    read.map_err(|error| Failed(ApiError::new(ErrorCode::BadRequest, format!("the body does not read: {error}"))))
+}
+
+fn parse<T: FromStr<Err = ParseIdError>>(id: &str) -> Result<T, Failed> {
+    id.parse().map_err(|error: ParseIdError| Failed(ApiError::new(ErrorCode::BadRequest, error.to_string())))
+}

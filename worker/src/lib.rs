@@ -7,7 +7,11 @@
 #[cfg(feature = "executor")]
 pub mod cache;
 #[cfg(feature = "executor")]
+pub mod executor;
+#[cfg(feature = "executor")]
 pub mod experiment;
+#[cfg(feature = "executor")]
+pub mod memory;
 #[cfg(feature = "executor")]
 pub mod model;
 #[cfg(feature = "executor")]

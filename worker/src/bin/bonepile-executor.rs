@@ -1,3 +1,28 @@
-//! Entry point.
+//! The executor's binary: a child process of the agent, speaking frames on stdin and stdout.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use worker::executor::{failure::chain, serve};
+
+/// Computes shards for an agent. Started by `bonepile-worker`; not meant for a terminal.
+#[derive(Debug, Parser)]
+#[command(version = protocol::BUILD)]
+struct Cli {
+    /// Compute threads [default: all cores].
+    #[arg(long, env = "BONEPILE_THREADS", value_name = "N")]
+    threads: Option<usize>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    match serve(cli.threads, std::io::stdin(), std::io::stdout()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = chain(&error), "the executor ends");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -23,7 +23,7 @@ use crate::model::Model;
 pub type Progress<'a> = dyn FnMut(u32, u32, &str) -> Result<(), ExperimentError> + 'a;
 
 /// Which model computed, for a result.
-fn model_facts(model: &Model, name: &str) -> ModelFacts {
+pub(crate) fn model_facts(model: &Model, name: &str) -> ModelFacts {
     let config = model.config();
     let number = |value: usize| u32::try_from(value).expect("a model's sizes fit 32 bits");
     ModelFacts {

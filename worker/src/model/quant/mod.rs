@@ -1,7 +1,7 @@
 //! Weights as a GGUF file stores them, and the two products a decoder needs with them.
 //!
 //! - few rows of activations (decode): activations are rounded to 8 bits a block of 32 and multiplied with the stored blocks
-//!   ([`dot`], SIMD chosen at run time); reads every weight byte once, so it is bound by memory.
+//!   (`dot`, SIMD chosen at run time); reads every weight byte once, so it is bound by memory.
 //! - many rows (prefill): tiles of weights are dequantised to f32 and multiplied by `gemm`; exact up to f32 rounding.
 //!
 //! Block layouts are those of ggml (`ggml-common.h` of llama.cpp). Does not read files and knows no architecture.

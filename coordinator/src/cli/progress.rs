@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use protocol::ids::ShardId;
 use protocol::time::UnixMillis;
 
 use crate::api::{RunDetail, ShardRow, ShardState};
@@ -30,42 +31,56 @@ pub struct Standing {
     pub left_ms: Option<u64>,
 }
 
-impl Standing {
-    /// Reads it off a run at `now`.
-    pub fn of(run: &RunDetail, now: UnixMillis) -> Self {
-        let kinds = Kinds::of(run, now);
-        let mut standing = Self {
+/// Remembers how many steps shards have: the coordinator tells it only while they run.
+#[derive(Debug, Default)]
+pub struct Tracker {
+    of_shard: BTreeMap<ShardId, u64>,
+    of_kind: BTreeMap<String, u64>,
+}
+
+impl Tracker {
+    /// Where `run` stands at `now`.
+    pub fn look(&mut self, run: &RunDetail, now: UnixMillis) -> Standing {
+        for shard in run.shards.iter().filter(|shard| shard.state == ShardState::Running) {
+            let totals = shard.seats.iter().map(|seat| u64::from(seat.progress.total));
+            // A seat that has not told its steps yet would make the sum too small.
+            if totals.clone().all(|total| total > 0) && !shard.seats.is_empty() {
+                let sum = totals.sum();
+                self.of_shard.insert(shard.id, sum);
+                self.of_kind.insert(kind(shard).to_owned(), sum);
+            }
+        }
+        let mut standing = Standing {
             steps_done: 0,
             steps_total: 0,
             total_known: true,
             share: 0.0,
             shards_ended: 0,
             shards: run.shards.len(),
-            left_ms: None,
+            left_ms: Kinds::of(run, now).left_ms(run, now),
         };
         for shard in &run.shards {
-            let total = match shard.progress.total {
-                0 => kinds.steps.get(kind(shard)).copied(),
-                known => Some(known),
-            };
-            standing.total_known &= total.is_some() || shard.state.is_terminal();
+            let total = self.of_shard.get(&shard.id).or_else(|| self.of_kind.get(kind(shard))).copied();
+            standing.total_known &= total.is_some();
             let total = total.unwrap_or(0);
             let ended = shard.state.is_terminal();
-            let done = if ended { total } else { shard.progress.done.min(total) };
-            standing.steps_done += u64::from(done);
-            standing.steps_total += u64::from(total);
+            let done = match shard.state {
+                ShardState::Running => shard.seats.iter().map(|seat| u64::from(seat.progress.done)).sum(),
+                _ if ended => total,
+                _ => 0,
+            };
+            standing.steps_done += done.min(total);
+            standing.steps_total += total;
             standing.shards_ended += usize::from(ended);
             standing.share += if ended { 1.0 } else { share(shard) };
         }
         standing.share /= run.shards.len().max(1) as f64;
-        standing.left_ms = kinds.left_ms(run, now);
         standing
     }
 }
 
 /// What has been seen of each kind of shard.
 struct Kinds<'a> {
-    steps: BTreeMap<&'a str, u32>,
     /// Mean time of a shard, milliseconds.
     times: BTreeMap<&'a str, f64>,
     /// Shards that were at work at once, on average.
@@ -74,14 +89,10 @@ struct Kinds<'a> {
 
 impl<'a> Kinds<'a> {
     fn of(run: &'a RunDetail, now: UnixMillis) -> Self {
-        let mut steps = BTreeMap::new();
         let mut seen: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
         let mut guesses: BTreeMap<&str, f64> = BTreeMap::new();
         let mut busy_ms = 0.0;
         for shard in &run.shards {
-            if shard.progress.total > 0 {
-                steps.insert(kind(shard), shard.progress.total);
-            }
             let Some(time_ms) = time_ms(shard, now) else { continue };
             busy_ms += time_ms;
             match shard.state {
@@ -101,7 +112,7 @@ impl<'a> Kinds<'a> {
         let first = run.shards.iter().filter_map(|shard| shard.placed_at_ms).min();
         let elapsed_ms = first.map_or(0.0, |first| now.since_ms(first) as f64);
         let at_once = if elapsed_ms > 0.0 { (busy_ms / elapsed_ms).max(1.0) } else { 1.0 };
-        Self { steps, times, at_once }
+        Self { times, at_once }
     }
 
     fn left_ms(&self, run: &RunDetail, now: UnixMillis) -> Option<u64> {
@@ -189,26 +200,33 @@ fn line(shard: &ShardRow) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::Progress;
+    use crate::api::{Progress, SeatRow};
     use crate::report::fixture;
 
     /// Summary, state, steps done and in all, when placed and finished.
     type Row<'a> = (&'a str, ShardState, u32, u32, Option<u64>, Option<u64>);
 
     fn run(shards: &[Row<'_>]) -> RunDetail {
-        let results = fixture::results();
-        let mut run = fixture::detail(&results);
+        let mut run = fixture::detail(&fixture::results());
         let template = run.shards[0].clone();
+        let seat = template.seats[0].clone();
         run.shards = (0..)
             .zip(shards)
-            .map(|(index, (summary, state, done, total, placed, finished))| ShardRow {
-                id: format!("r7.{index}").parse().unwrap(),
-                summary: (*summary).to_owned(),
-                state: *state,
-                progress: Progress { done: *done, total: *total, note: String::new() },
-                placed_at_ms: placed.map(UnixMillis),
-                finished_at_ms: finished.map(UnixMillis),
-                ..template.clone()
+            .map(|(index, (summary, state, done, total, placed, finished))| {
+                let steps = Progress { done: *done, total: *total, note: String::new() };
+                // The coordinator tells a shard's own progress in thousandths, and steps only while it runs.
+                let thousandths = if *state == ShardState::Committed { 1000 } else { done * 1000 / total.max(&1) };
+                let running = *state == ShardState::Running;
+                ShardRow {
+                    id: format!("r7.{index}").parse().unwrap(),
+                    summary: (*summary).to_owned(),
+                    state: *state,
+                    seats: if running { vec![SeatRow { progress: steps, ..seat.clone() }] } else { Vec::new() },
+                    progress: Progress { done: thousandths, total: 1000, note: String::new() },
+                    placed_at_ms: placed.map(UnixMillis),
+                    finished_at_ms: finished.map(UnixMillis),
+                    ..template.clone()
+                }
             })
             .collect();
         run
@@ -221,17 +239,16 @@ mod tests {
     #[test]
     fn nothing_is_told_that_is_not_known() {
         use ShardState::*;
+        let mut tracker = Tracker::default();
         let start = run(&[(A, Waiting, 0, 0, None, None), (B, Waiting, 0, 0, None, None)]);
-        let standing = Standing::of(&start, UnixMillis(1000));
+        let standing = tracker.look(&start, UnixMillis(1000));
         assert_eq!((standing.share, standing.total_known, standing.left_ms), (0.0, false, None));
 
-        // One of two kinds was seen: the other's time is unknown, so the run's is.
-        let later = run(&[
-            (A, Committed, 10, 10, Some(0), Some(4000)),
-            (A2, Waiting, 0, 0, None, None),
-            (B, Waiting, 0, 0, None, None),
-        ]);
-        let standing = Standing::of(&later, UnixMillis(4000));
+        // One of two kinds was seen: the other's steps and time are unknown, so the run's are.
+        let b = (B, Waiting, 0, 0, None, None);
+        tracker.look(&run(&[(A, Running, 3, 10, Some(0), None), b, (A2, Waiting, 0, 0, None, None)]), UnixMillis(9));
+        let later = run(&[(A, Committed, 0, 0, Some(0), Some(4000)), b, (A2, Waiting, 0, 0, None, None)]);
+        let standing = tracker.look(&later, UnixMillis(4000));
         assert_eq!((standing.steps_done, standing.steps_total, standing.total_known), (10, 20, false));
         assert_eq!(standing.left_ms, None);
     }
@@ -240,31 +257,32 @@ mod tests {
     fn time_left_comes_from_shards_of_the_same_kind_and_from_how_many_work_at_once() {
         use ShardState::*;
         let run = run(&[
-            (A, Committed, 10, 10, Some(0), Some(4000)),
-            (A2, Committed, 10, 10, Some(0), Some(4000)),
+            (A, Committed, 0, 0, Some(0), Some(4000)),
+            (A2, Committed, 0, 0, Some(0), Some(4000)),
             (A, Waiting, 0, 0, None, None),
             (A, Waiting, 0, 0, None, None),
             (A2, Waiting, 0, 0, None, None),
             (A2, Waiting, 0, 0, None, None),
         ]);
-        let standing = Standing::of(&run, UnixMillis(4000));
-        assert!(standing.total_known);
-        assert_eq!((standing.steps_done, standing.steps_total, standing.left_ms), (20, 60, Some(8000)));
+        let standing = Tracker::default().look(&run, UnixMillis(4000));
+        assert_eq!(standing.left_ms, Some(8000));
         assert!((standing.share - 1.0 / 3.0).abs() < 1e-12);
     }
 
     #[test]
     fn a_running_shard_counts_with_its_steps_and_speaks_for_its_kind_once_it_has_moved() {
         use ShardState::*;
+        let mut tracker = Tracker::default();
         let at = |done| run(&[(B, Running, done, 10, Some(0), None), (B, Waiting, 0, 0, None, None)]);
-        assert_eq!(Standing::of(&at(1), UnixMillis(1000)).left_ms, None);
-        let standing = Standing::of(&at(5), UnixMillis(5000));
-        assert_eq!((standing.steps_done, standing.steps_total), (5, 20));
+        assert_eq!(tracker.look(&at(1), UnixMillis(1000)).left_ms, None);
+        let standing = tracker.look(&at(5), UnixMillis(5000));
+        assert_eq!((standing.steps_done, standing.steps_total, standing.total_known), (5, 20, true));
         assert_eq!(standing.left_ms, Some(15_000));
         assert!((standing.share - 0.25).abs() < 1e-12);
-        let ended = run(&[(B, Committed, 10, 10, Some(0), Some(9)), (B, Failed, 2, 10, Some(0), Some(9))]);
-        let standing = Standing::of(&ended, UnixMillis(10));
+        let ended = run(&[(B, Committed, 0, 0, Some(0), Some(9)), (B, Failed, 2, 10, Some(0), Some(9))]);
+        let standing = tracker.look(&ended, UnixMillis(10));
         assert_eq!((standing.share, standing.left_ms, standing.shards_ended), (1.0, Some(0), 2));
+        assert_eq!((standing.steps_done, standing.steps_total), (20, 20));
     }
 
     #[test]

@@ -20,8 +20,8 @@ use super::table::{Style, Table, Tone};
 use super::text::{duration_ms, relative};
 use super::watch;
 use crate::api::{
-    CancelRequest, Explanation, RetryAnswer, RunDetail, RunState, RunSummary, ShardRow, ShardState, SubmitAnswer,
-    SubmitRequest, Verdict, route,
+    CancelRequest, Explanation, Progress, RetryAnswer, RunDetail, RunState, RunSummary, ShardRow, ShardState,
+    SubmitAnswer, SubmitRequest, Verdict, route,
 };
 use crate::clock::now;
 
@@ -134,7 +134,7 @@ fn run_table(runs: &[RunSummary], style: Style, now: UnixMillis) -> String {
 
 /// The run in one line, then its shards.
 fn detail_text(detail: &RunDetail, style: Style, now: UnixMillis) -> String {
-    let mut table = Table::new(style, &["shard", "state", ">tries", ">steps", "on", "what", "note"]);
+    let mut table = Table::new(style, &["shard", "state", ">tries", ">done", "on", "what", "note"]);
     for shard in &detail.shards {
         let places: Vec<String> =
             shard.seats.iter().map(|seat| format!("{}={}/{}", seat.role, seat.worker, seat.device)).collect();
@@ -143,13 +143,20 @@ fn detail_text(detail: &RunDetail, style: Style, now: UnixMillis) -> String {
             (shard.id.to_string(), None),
             (shard.state.to_string(), Some(shard_tone(shard.state))),
             (shard.attempts.to_string(), None),
-            (format!("{}/{}", shard.progress.done, shard.progress.total), None),
+            (percent(&shard.progress), None),
             (places.join(" "), None),
             (shard.summary.clone(), None),
             (note, Some(tone)),
         ]);
     }
     format!("{}\n{}", run_table(std::slice::from_ref(&detail.summary), style, now), table.render())
+}
+
+fn percent(progress: &Progress) -> String {
+    match progress.total {
+        0 => String::new(),
+        total => format!("{} %", u64::from(progress.done) * 100 / u64::from(total)),
+    }
 }
 
 /// Why it waits, what it is doing, or why it failed.
@@ -261,15 +268,16 @@ mod tests {
         detail.shards[1].state = ShardState::Waiting;
         detail.shards[1].waiting = Some("no device has 2.1 GiB free".to_owned());
         detail.shards[1].seats.clear();
+        detail.shards[1].progress = Progress { done: 0, total: 1000, note: String::new() };
         insta::assert_snapshot!(detail_text(&detail, Style::default(), UnixMillis(1_798_761_600_000)), @r"
         run  state      done  shards  failed  submitted   took    name        note
         r7   complete  100 %     5/5       0  1m 40s ago  1m 39s  first-look
 
-        shard  state      tries  steps  on                           what                                       note
-        r7.0   committed      1    8/8  main=w1/cpu                  inspect smollm2-135m-instruct layers=all
-        r7.1   waiting        1    8/8                               inspect gemma-3-270m layers=sliding        no device has 2.1 GiB free
-        r7.2   committed      1    8/8  main=w1/cpu                  inspect gemma-3-270m layers=full
-        r7.3   committed      1    8/8  source=w1/cpu target=w2/cpu  transfer smollm2-135m-instruct facts=0..8
+        shard  state      tries   done  on                           what                                       note
+        r7.0   committed      1  100 %  main=w1/cpu                  inspect smollm2-135m-instruct layers=all
+        r7.1   waiting        1    0 %                               inspect gemma-3-270m layers=sliding        no device has 2.1 GiB free
+        r7.2   committed      1  100 %  main=w1/cpu                  inspect gemma-3-270m layers=full
+        r7.3   committed      1  100 %  source=w1/cpu target=w2/cpu  transfer smollm2-135m-instruct facts=0..8
         ");
     }
 

@@ -1,6 +1,6 @@
 //! `bonepile serve`: the log's set-up and the coordinator until someone ends it.
 //!
-//! The log goes to stderr, a line an event, as `RUST_LOG` says (default `info`).
+//! The log goes to stderr, a line an event, as `BONEPILE_LOG` says (default `info`).
 
 use std::io::IsTerminal;
 
@@ -11,13 +11,16 @@ use super::exit;
 use super::failure::Failure;
 use crate::serve::{self, ServeError};
 
+/// Environment variable with the log's filter: `info`, `debug`, `coordinator::driver=trace`.
+pub const LOG_VARIABLE: &str = "BONEPILE_LOG";
+
 /// Runs the command.
 ///
 /// # Errors
 /// If the coordinator cannot start; exit code 5 if its journal is to blame.
 pub fn run(context: &Context) -> Outcome {
     let config = context.cluster()?;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -14,7 +14,7 @@ use super::context::{Context, Outcome};
 use super::exit;
 use super::failure::Failure;
 use super::output::Document;
-use super::progress::{Changes, Standing};
+use super::progress::{Changes, Standing, Tracker};
 use super::text::duration_ms;
 use crate::api::{RunDetail, RunState, RunSummary, ShardState, route};
 use crate::clock::now;
@@ -132,6 +132,7 @@ struct View {
     elements: bool,
     bar: Option<ProgressBar>,
     changes: Changes,
+    tracker: Tracker,
 }
 
 impl View {
@@ -143,7 +144,7 @@ impl View {
             bar.enable_steady_tick(Duration::from_millis(500));
             bar
         });
-        Self { elements, bar, changes: Changes::default() }
+        Self { elements, bar, changes: Changes::default(), tracker: Tracker::default() }
     }
 
     fn say(&self, context: &mut Context, text: &str) {
@@ -158,7 +159,7 @@ impl View {
             self.say(context, &line);
         }
         let Some(bar) = &self.bar else { return };
-        let standing = Standing::of(detail, now());
+        let standing = self.tracker.look(detail, now());
         bar.set_position((standing.share * BAR_STEPS as f64) as u64);
         bar.set_message(message(detail, &standing));
     }

@@ -4,8 +4,6 @@
 
 use std::fs;
 use std::io;
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -13,6 +11,7 @@ use protocol::identity::{
     CertificateRole, ClusterNameError, Identity, check_cluster_name, coordinator_dns_name, sha256,
 };
 use protocol::ids::WorkerId;
+use protocol::private_file;
 use protocol::quic::certificate::{CertificateError, spki_sha256, validity};
 use protocol::quic::{Credentials, EndpointSecret};
 use protocol::time::UnixMillis;
@@ -132,11 +131,11 @@ impl Authority {
     pub fn create(state_dir: &Path, cluster: &str, names: &[String], now: SystemTime) -> Result<Self, AuthorityError> {
         check_cluster_name(cluster)?;
         let directory = state_dir.join(DIRECTORY);
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&directory)
-            .map_err(|source| AuthorityError::File { action: "write", path: directory.clone(), source })?;
+        private_file::create_dir(&directory).map_err(|source| AuthorityError::File {
+            action: "write",
+            path: directory.clone(),
+            source,
+        })?;
         if directory.join(CA_CERTIFICATE).exists() {
             return Err(AuthorityError::Exists { path: directory });
         }
@@ -277,7 +276,11 @@ impl Authority {
         params.subject_alt_names = CertificateParams::new(wanted)?.subject_alt_names;
         let certificate = params.signed_by(&key, &self.issuer)?;
         // Key first: a certificate without its key would be found and believed, a key without certificate is made anew.
-        remove_if_present(&path)?;
+        private_file::remove_if_present(&path).map_err(|source| AuthorityError::File {
+            action: "write",
+            path: path.clone(),
+            source,
+        })?;
         write_secret(&key_path, key.serialize_pem().as_bytes())?;
         write_secret(&path, certificate.pem().as_bytes())?;
         self.leaf = certificate.der().clone();
@@ -373,30 +376,12 @@ fn read_key(path: &Path) -> Result<KeyPair, AuthorityError> {
     KeyPair::from_pem(&text).map_err(|error| damaged(error.to_string()))
 }
 
-/// Writes a file of mode 0600 that is either whole or absent.
 fn write_secret(path: &Path, bytes: &[u8]) -> Result<(), AuthorityError> {
-    let write = || -> io::Result<()> {
-        let temporary = path.with_extension("tmp");
-        match fs::remove_file(&temporary) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        path.parent().map_or(Ok(()), |directory| fs::File::open(directory)?.sync_all())
-    };
-    write().map_err(|source| AuthorityError::File { action: "write", path: path.to_owned(), source })
-}
-
-fn remove_if_present(path: &Path) -> Result<(), AuthorityError> {
-    match fs::remove_file(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(AuthorityError::File { action: "write", path: path.to_owned(), source })
-        }
-        _ => Ok(()),
-    }
+    private_file::write(path, bytes).map_err(|source| AuthorityError::File {
+        action: "write",
+        path: path.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]

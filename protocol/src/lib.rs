@@ -9,7 +9,7 @@
 //! - [`hardware`], [`catalogue`]: devices, and the models known by name.
 //! - [`frame`], [`control`], [`peer`], [`exec`]: the three conversations and their one codec.
 //! - [`packet`]: a cache on the wire or on disk.
-//! - [`identity`]: roles, join tokens, names in certificates.
+//! - [`identity`]: roles, join tokens, names in certificates. [`private_file`]: where their secrets lie.
 //! - [`store`]: the results store: layout, manifests, publishing, checking.
 //! - [`config`]: `cluster.toml`. [`source`]: reading TOML with errors that point into the text.
 
@@ -28,6 +28,7 @@ pub mod limits;
 pub mod models;
 pub mod packet;
 pub mod peer;
+pub mod private_file;
 #[cfg(feature = "quic")]
 pub mod quic;
 pub mod results;

@@ -4,6 +4,8 @@
 //! - `agent` (feature `agent`): the daemon. Async, light, no ML inside.
 //! - `executor`, `experiment`, `model`, `cache` (feature `executor`): the child process that computes.
 
+#[cfg(feature = "agent")]
+pub mod agent;
 #[cfg(feature = "executor")]
 pub mod cache;
 #[cfg(feature = "executor")]

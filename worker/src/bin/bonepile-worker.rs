@@ -1,3 +1,7 @@
-//! Entry point.
+//! `bonepile-worker`: the agent of a box. Everything is in the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    worker::agent::cli::main()
+}

@@ -1,0 +1,325 @@
+//! The agent's decisions, one situation a test.
+
+use protocol::control::{Output, SeatAddress, ToCoordinator};
+use protocol::experiment::{InspectSpec, LayerSelection, ShardSpec};
+use protocol::ids::{ArtifactHash, AttemptId, Fence, RunId, ShardId};
+
+use super::*;
+
+const NOW: UnixMillis = UnixMillis(1_000_000);
+const OTHER_KEY: [u8; 32] = [2; 32];
+
+fn attempt(fence: u64) -> AttemptId {
+    AttemptId { shard: ShardId { run: RunId(1), index: 0 }, fence: Fence(fence) }
+}
+
+fn seat(fence: u64, role: Role) -> SeatId {
+    SeatId { attempt: attempt(fence), role }
+}
+
+fn cpu() -> DeviceId {
+    DeviceId("cpu".into())
+}
+
+fn address(role: Role, worker: u64) -> SeatAddress {
+    SeatAddress { role, worker: WorkerId(worker), spki_sha256: [worker as u8; 32], addresses: Vec::new() }
+}
+
+fn start(fence: u64, role: Role, seats: Vec<SeatAddress>) -> Input {
+    let spec = InspectSpec { model: "m".into(), layers: LayerSelection::All, texts: 1, seed: 0 };
+    Input::Coordinator(ToWorker::StartSeat(StartSeat {
+        attempt: attempt(fence),
+        role,
+        device: cpu(),
+        reserved_bytes: 1,
+        spec: ShardSpec::Inspect(spec),
+        seats,
+    }))
+}
+
+fn finished(fence: u64) -> FromExecutor {
+    let attempt = attempt(fence);
+    FromExecutor::Finished(exec::Finished { attempt, outputs: Vec::new(), memory_peak_bytes: 7, models: Vec::new() })
+}
+
+fn published(fence: u64, role: Role) -> SeatFinished {
+    SeatFinished {
+        attempt: attempt(fence),
+        role,
+        outputs: vec![Output { name: "result.json".into(), hash: ArtifactHash([0; 32]), bytes: 1 }],
+        usage: Usage::default(),
+        models: Vec::new(),
+        build: String::new(),
+    }
+}
+
+fn cancel(fence: u64) -> Input {
+    Input::Coordinator(ToWorker::CancelSeat(CancelSeat { attempt: attempt(fence), reason: String::new() }))
+}
+
+fn settled(fence: u64, role: Role) -> Input {
+    Input::Coordinator(ToWorker::SeatSettled(SeatSettled { attempt: attempt(fence), role, counted: true }))
+}
+
+/// An agent of `w1` and the names of what it wants done.
+struct Bench(Agent);
+
+impl Bench {
+    fn new() -> Self {
+        Self(Agent::new(WorkerId(1), [cpu()], []))
+    }
+
+    fn connected() -> Self {
+        let mut bench = Self::new();
+        assert_eq!(bench.after(Input::Connected), [""; 0]);
+        bench
+    }
+
+    fn after(&mut self, input: Input) -> Vec<String> {
+        self.after_at(NOW, input)
+    }
+
+    fn after_at(&mut self, now: UnixMillis, input: Input) -> Vec<String> {
+        self.0.handle(now, input);
+        std::iter::from_fn(|| self.0.poll_effect()).map(|effect| brief(&effect)).collect()
+    }
+
+    fn running(&mut self, fence: u64, role: Role, seats: Vec<SeatAddress>) -> ExecutorId {
+        let effects = self.after(start(fence, role, seats));
+        let executor = ExecutorId(self.0.executors_last());
+        if effects.first().is_some_and(|first| first.starts_with("launch")) {
+            self.after(Input::ExecutorReady { executor, build: "b".into() });
+        }
+        executor
+    }
+}
+
+impl Agent {
+    fn executors_last(&self) -> u64 {
+        self.executors.last_number()
+    }
+}
+
+fn brief(effect: &Effect) -> String {
+    match effect {
+        Effect::Say { message: ToCoordinator::SeatFinished(said) } => format!("say finished {}", said.attempt.fence),
+        Effect::Say { message: ToCoordinator::SeatFailed(said) } => {
+            format!("say failed {} {}", said.attempt.fence, said.failure.kind)
+        }
+        Effect::Say { message } => format!("say {message:?}"),
+        Effect::Launch { executor, .. } => format!("launch {executor}"),
+        Effect::Run { executor, start } => format!("run {} on {executor}", start.attempt.fence),
+        Effect::Tell { executor, message: ToExecutor::StopSeat(_) } => format!("stop {executor}"),
+        Effect::Tell { executor, message: ToExecutor::PacketArrived(packet) } => {
+            format!("packet {} to {executor}", packet.key)
+        }
+        Effect::Tell { message, .. } => format!("tell {message:?}"),
+        Effect::Kill { executor } => format!("kill {executor}"),
+        Effect::Keep { seat, usage, .. } => format!("keep {seat} {} ms", usage.wall_ms),
+        Effect::Publish { seat } => format!("publish {seat}"),
+        Effect::SendPacket { to, key, .. } => format!("send {key} to {}", to.worker),
+        Effect::HandOver { to, key, .. } => format!("hand {key} to {to}"),
+        Effect::StopTransfers { seat } => format!("stop transfers {seat}"),
+        Effect::Discard { seat } => format!("discard {seat}"),
+    }
+}
+
+#[test]
+fn a_seat_goes_from_start_to_settled_and_its_executor_stays_warm() {
+    let mut bench = Bench::connected();
+    assert_eq!(bench.after(start(1, Role::Main, vec![])), ["launch x1"]);
+    let executor = ExecutorId(1);
+    assert_eq!(bench.after(Input::ExecutorReady { executor, build: "b".into() }), ["run f1 on x1"]);
+    let later = NOW.plus_ms(250);
+    let effects = bench.after_at(later, Input::Executor { executor, message: finished(1) });
+    assert_eq!(effects, ["keep r1.0#f1 main 250 ms"]);
+    assert_eq!(bench.after(Input::Kept { seat: seat(1, Role::Main) }), ["publish r1.0#f1 main"]);
+    let published = Input::Published { seat: seat(1, Role::Main), finished: published(1, Role::Main) };
+    assert_eq!(bench.after(published), ["say finished f1"]);
+    assert_eq!(bench.0.held().len(), 1);
+    assert_eq!(bench.after(settled(1, Role::Main)), ["stop transfers r1.0#f1 main", "discard r1.0#f1 main"]);
+    assert!(bench.0.held().is_empty());
+    assert_eq!(bench.after(start(2, Role::Main, vec![])), ["run f2 on x1"]);
+}
+
+#[test]
+fn outcomes_are_repeated_over_reconnects_and_after_a_while_until_settled() {
+    let mut bench = Bench::new();
+    bench.running(1, Role::Main, vec![]);
+    let executor = ExecutorId(1);
+    bench.after(Input::Executor { executor, message: finished(1) });
+    bench.after(Input::Kept { seat: seat(1, Role::Main) });
+    let published = Input::Published { seat: seat(1, Role::Main), finished: published(1, Role::Main) };
+    assert_eq!(bench.after(published), [""; 0], "nobody to say it to");
+    assert_eq!(bench.0.next_deadline(), None);
+    assert_eq!(bench.after(Input::Connected), ["say finished f1"]);
+    bench.after(Input::Disconnected);
+    assert_eq!(bench.after(Input::Connected), ["say finished f1"]);
+    assert_eq!(bench.0.next_deadline(), Some(NOW.plus_ms(REPEAT_OUTCOME_MS)));
+    assert_eq!(bench.after_at(NOW.plus_ms(REPEAT_OUTCOME_MS), Input::Deadline), ["say finished f1"]);
+}
+
+#[test]
+fn what_an_earlier_process_finished_is_published_and_handed_in() {
+    let mut bench = Bench(Agent::new(WorkerId(1), [cpu()], [seat(4, Role::Main)]));
+    assert_eq!(bench.0.held()[0].attempt, attempt(4));
+    assert_eq!(bench.after(Input::Connected), ["publish r1.0#f4 main"]);
+    let published = Input::Published { seat: seat(4, Role::Main), finished: published(4, Role::Main) };
+    assert_eq!(bench.after(published), ["say finished f4"]);
+}
+
+#[test]
+fn a_lost_executor_fails_its_seat_and_the_next_seat_gets_a_new_one() {
+    let mut bench = Bench::connected();
+    let executor = bench.running(1, Role::Main, vec![]);
+    let effects = bench.after(Input::ExecutorExited { executor, detail: "killed by signal 9".into() });
+    assert_eq!(effects, ["stop transfers r1.0#f1 main", "discard r1.0#f1 main", "say failed f1 executor lost"]);
+    assert_eq!(bench.after(start(2, Role::Main, vec![])), ["launch x2"]);
+    // One that does not even start is told the same way.
+    let effects = bench.after(Input::ExecutorExited { executor: ExecutorId(2), detail: "no such file".into() });
+    assert_eq!(effects.last().unwrap(), "say failed f2 executor lost");
+}
+
+#[test]
+fn a_cancelled_seat_stops_and_its_files_go_when_the_executor_lets_go() {
+    let mut bench = Bench::connected();
+    let executor = bench.running(1, Role::Main, vec![]);
+    assert_eq!(bench.after(cancel(1)), ["stop transfers r1.0#f1 main", "stop x1"]);
+    assert!(bench.0.held().is_empty(), "its lease is not renewed");
+    assert_eq!(bench.after(start(2, Role::Main, vec![])), ["launch x2"], "x1 is not free yet");
+    assert_eq!(bench.after(Input::Executor { executor, message: finished(1) }), ["discard r1.0#f1 main"]);
+    assert_eq!(bench.after(start(3, Role::Main, vec![])), ["run f3 on x1"]);
+}
+
+#[test]
+fn an_executor_that_does_not_stop_is_killed_once_after_a_bound() {
+    let mut bench = Bench::connected();
+    let executor = bench.running(1, Role::Main, vec![]);
+    bench.after(cancel(1));
+    let deadline = NOW.plus_ms(STOP_GRACE_MS);
+    assert_eq!(bench.0.next_deadline(), Some(deadline));
+    assert_eq!(bench.after_at(deadline, Input::Deadline), ["kill x1"]);
+    assert_eq!(bench.0.next_deadline(), None);
+    let exited = Input::ExecutorExited { executor, detail: "killed".into() };
+    assert_eq!(bench.after(exited), ["discard r1.0#f1 main"]);
+}
+
+#[test]
+fn cancelling_before_the_executor_is_up_keeps_it_for_the_next() {
+    let mut bench = Bench::connected();
+    assert_eq!(bench.after(start(1, Role::Main, vec![])), ["launch x1"]);
+    assert_eq!(bench.after(cancel(1)), ["stop transfers r1.0#f1 main", "discard r1.0#f1 main"]);
+    assert_eq!(bench.after(start(2, Role::Main, vec![])), [""; 0]);
+    assert_eq!(bench.after(Input::ExecutorReady { executor: ExecutorId(1), build: "b".into() }), ["run f2 on x1"]);
+}
+
+#[test]
+fn a_source_is_done_when_its_packets_have_arrived() {
+    let mut bench = Bench::connected();
+    let seats = vec![address(Role::Source, 1), address(Role::Target, 2)];
+    let executor = bench.running(1, Role::Source, seats);
+    let packet = PacketFile { attempt: attempt(1), key: "fact-0".into(), path: "p".into() };
+    let effects = bench.after(Input::Executor { executor, message: FromExecutor::PacketReady(packet) });
+    assert_eq!(effects, ["send fact-0 to w2"]);
+    assert_eq!(bench.after(Input::Executor { executor, message: finished(1) }), [""; 0]);
+    assert!(bench.0.held()[0].progress.note.contains("1 packets on their way"));
+    let sent = Input::PacketSent { seat: seat(1, Role::Source), key: "fact-0".into(), bytes: 10 };
+    assert_eq!(bench.after(sent), ["keep r1.0#f1 source 0 ms"]);
+}
+
+#[test]
+fn a_packet_that_cannot_be_sent_fails_its_source() {
+    let mut bench = Bench::connected();
+    let executor = bench.running(1, Role::Source, vec![address(Role::Source, 1), address(Role::Target, 2)]);
+    let packet = PacketFile { attempt: attempt(1), key: "fact-0".into(), path: "p".into() };
+    bench.after(Input::Executor { executor, message: FromExecutor::PacketReady(packet) });
+    let failure = Failure::new(FailureKind::PeerLost, "w2 does not answer");
+    let effects = bench.after(Input::PacketNotSent { seat: seat(1, Role::Source), key: "fact-0".into(), failure });
+    assert_eq!(effects, ["stop transfers r1.0#f1 source", "stop x1", "say failed f1 peer lost"]);
+}
+
+#[test]
+fn two_seats_of_an_attempt_on_one_worker_have_an_executor_each_and_hand_packets_over() {
+    let mut bench = Bench::connected();
+    let seats = vec![address(Role::Source, 1), address(Role::Target, 1)];
+    let source = bench.running(1, Role::Source, seats.clone());
+    let target = bench.running(1, Role::Target, seats);
+    assert_ne!(source, target);
+    let packet = PacketFile { attempt: attempt(1), key: "fact-0".into(), path: "p".into() };
+    let effects = bench.after(Input::Executor { executor: source, message: FromExecutor::PacketReady(packet) });
+    assert_eq!(effects, ["hand fact-0 to r1.0#f1 target"]);
+    let arrived =
+        Input::PacketArrived { seat: seat(1, Role::Target), key: "fact-0".into(), path: "q".into(), bytes: 10 };
+    assert_eq!(bench.after(arrived), ["packet fact-0 to x2"]);
+    // Both done: one warm executor is enough for the device.
+    let sent = Input::PacketSent { seat: seat(1, Role::Source), key: "fact-0".into(), bytes: 10 };
+    bench.after(sent);
+    bench.after(Input::Executor { executor: source, message: finished(1) });
+    let effects = bench.after(Input::Executor { executor: target, message: finished(1) });
+    assert_eq!(effects, ["kill x1", "keep r1.0#f1 target 0 ms"]);
+}
+
+#[test]
+fn packets_that_come_before_the_executor_wait_for_it() {
+    let mut bench = Bench::connected();
+    bench.after(start(1, Role::Target, vec![address(Role::Source, 2), address(Role::Target, 1)]));
+    let arrived =
+        Input::PacketArrived { seat: seat(1, Role::Target), key: "fact-0".into(), path: "q".into(), bytes: 10 };
+    assert_eq!(bench.after(arrived), [""; 0]);
+    let effects = bench.after(Input::ExecutorReady { executor: ExecutorId(1), build: "b".into() });
+    assert_eq!(effects, ["run f1 on x1", "packet fact-0 to x1"]);
+}
+
+#[test]
+fn offers_are_taken_from_the_other_seat_only() {
+    let mut bench = Bench::connected();
+    let target = seat(1, Role::Target);
+    assert_eq!(bench.0.offer(target, &OTHER_KEY), OfferVerdict::NotYet);
+    bench.running(1, Role::Target, vec![address(Role::Source, 2), address(Role::Target, 1)]);
+    assert_eq!(bench.0.offer(target, &OTHER_KEY), OfferVerdict::Take);
+    assert_eq!(bench.0.offer(target, &[3; 32]), OfferVerdict::NotTheSeat);
+    assert_eq!(bench.0.offer(target, &[1; 32]), OfferVerdict::NotTheSeat, "not even its own");
+    bench.after(cancel(1));
+    assert_eq!(bench.0.offer(target, &OTHER_KEY), OfferVerdict::Over);
+}
+
+#[test]
+fn a_seat_that_cannot_start_fails_and_leaves_its_executor_free() {
+    let mut bench = Bench::connected();
+    bench.running(1, Role::Main, vec![]);
+    let failure = Failure::new(FailureKind::ModelMissing, "no file");
+    let effects = bench.after(Input::CouldNotStart { seat: seat(1, Role::Main), failure });
+    assert_eq!(effects, ["stop transfers r1.0#f1 main", "discard r1.0#f1 main", "say failed f1 model missing"]);
+    assert_eq!(bench.after(start(2, Role::Main, vec![])), ["run f2 on x1"]);
+}
+
+#[test]
+fn a_start_said_twice_starts_once_and_an_unknown_device_is_refused() {
+    let mut bench = Bench::connected();
+    assert_eq!(bench.after(start(1, Role::Main, vec![])), ["launch x1"]);
+    assert_eq!(bench.after(start(1, Role::Main, vec![])), [""; 0]);
+    let Input::Coordinator(ToWorker::StartSeat(mut elsewhere)) = start(2, Role::Main, vec![]) else { unreachable!() };
+    elsewhere.device = DeviceId("GPU-1".into());
+    let effects = bench.after(Input::Coordinator(ToWorker::StartSeat(elsewhere)));
+    assert_eq!(effects, ["say failed f2 unsupported"]);
+}
+
+#[test]
+fn settling_while_outputs_are_being_kept_discards_them_afterwards() {
+    let mut bench = Bench::connected();
+    let executor = bench.running(1, Role::Main, vec![]);
+    bench.after(Input::Executor { executor, message: finished(1) });
+    assert_eq!(bench.after(settled(1, Role::Main)), ["stop transfers r1.0#f1 main"]);
+    assert_eq!(bench.after(Input::Kept { seat: seat(1, Role::Main) }), ["discard r1.0#f1 main"]);
+}
+
+#[test]
+fn a_full_store_is_a_note_and_nothing_else() {
+    let mut bench = Bench::connected();
+    let executor = bench.running(1, Role::Main, vec![]);
+    bench.after(Input::Executor { executor, message: finished(1) });
+    bench.after(Input::Kept { seat: seat(1, Role::Main) });
+    let note = "waiting for the store: it is full".to_owned();
+    assert_eq!(bench.after(Input::PublishDelayed { seat: seat(1, Role::Main), note: note.clone() }), [""; 0]);
+    assert_eq!(bench.0.held()[0].progress.note, note);
+}

@@ -1,0 +1,29 @@
+//! The daemon of a box: async, light, no ML inside, so that it starts anywhere and never waits for a computation.
+//!
+//! The decisions are a value, [`core::Agent`]; everything else here is I/O around it. Executors compute, the agent
+//! publishes, sends and removes what they write. It outlives coordinator restarts: work goes on, what is finished waits on
+//! local disk until the store has it and the coordinator has it in its journal.
+//!
+//! Layout:
+//! - [`core`]: seats, executors, what is held: inputs → effects. [`run`]: the loop that feeds it and carries effects out.
+//! - [`session`]: the coordinator's connection. [`peer`]: packets from and to other workers.
+//! - [`supervisor`]: executor processes. [`outbox`], [`publish`]: finished work on its way to the store.
+//! - [`inventory`], [`nvml`]: devices and how they are. [`state_dir`], [`joining`]: who this box is.
+//! - [`cli`], [`doctor`], [`models`]: the commands.
+
+pub mod backoff;
+pub mod cli;
+pub mod core;
+pub mod doctor;
+pub mod inventory;
+pub mod joining;
+pub mod models;
+pub mod nvml;
+pub mod outbox;
+pub mod output;
+pub mod peer;
+pub mod publish;
+pub mod run;
+pub mod session;
+pub mod state_dir;
+pub mod supervisor;

@@ -1,0 +1,529 @@
+//! `bonepile-worker run`: the loop that feeds the agent's decisions and carries out what they ask for.
+//!
+//! The loop itself never waits for disk, store, network or an executor: each of these is a task that answers with an input.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use protocol::control::{
+    ALPN_CONTROL, ALPN_PEER, Failure, FailureKind, Heartbeat, Hello, SeatAddress, StartSeat, ToCoordinator, Usage,
+    close,
+};
+use protocol::exec::{self, ModelFile, RunSeat, ToExecutor};
+use protocol::hardware::{Device, Telemetry};
+use protocol::limits::HEARTBEAT_INTERVAL_MS;
+use protocol::models::ModelsDir;
+use protocol::quic::settings::{SettingsError, Side, SmallBuffers, any_address};
+use protocol::quic::{bind, client_config, server_config};
+use protocol::store::threads::StoreThreads;
+use protocol::time::UnixMillis;
+use quinn::{Endpoint, VarInt};
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use super::core::{Agent, Effect, Input, OfferVerdict, SeatId};
+use super::inventory::{self, InventoryConfig};
+use super::outbox::{Outbox, OutboxError};
+use super::peer::inbox::Inbox;
+use super::peer::send::Sender;
+use super::peer::serve::{Receiving, accept};
+use super::peer::{Question, ask};
+use super::publish::{Link, Publisher, chain};
+use super::session::{Coordinator, SessionEvent, keep_connected};
+use super::state_dir::{BoxIdentity, StateDir, StateError, StateLock, make_empty};
+use super::supervisor::Supervisor;
+
+/// Inputs that wait for the loop; senders wait when it is full.
+const INPUTS_MAX: usize = 1024;
+/// How often the devices are asked how they are.
+const TELEMETRY: Duration = Duration::from_millis(HEARTBEAT_INTERVAL_MS);
+/// How often a packet for a seat of this worker that has not started is tried again, and for how long.
+const HAND_OVER_EVERY: Duration = Duration::from_millis(100);
+const HAND_OVER_PATIENCE: Duration = Duration::from_secs(300);
+/// How long a stopping agent waits for its closes to be heard.
+const LAST_WORD: Duration = Duration::from_secs(2);
+
+/// What the operator set.
+#[derive(Debug)]
+pub struct RunConfig {
+    /// Where the agent keeps its state.
+    pub state: StateDir,
+    /// The results store's mount; `None`: try the coordinator's path, else upload.
+    pub store: Option<PathBuf>,
+    /// Devices and budgets.
+    pub inventory: InventoryConfig,
+    /// The models directory.
+    pub models: ModelsDir,
+    /// UDP address; `None`: any port of both families.
+    pub listen: Option<SocketAddr>,
+}
+
+/// The agent cannot run, or not any longer.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The outbox cannot be used.
+    #[error("could not open the outbox")]
+    Outbox(#[from] OutboxError),
+    /// TLS settings could not be made.
+    #[error("could not set up TLS; is the identity damaged?")]
+    Settings(#[from] SettingsError),
+    /// The UDP port cannot be had.
+    #[error("could not listen on UDP {address}")]
+    Bind {
+        /// Which.
+        address: SocketAddr,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// No threads, no signals.
+    #[error("could not prepare {what}")]
+    Prepare {
+        /// What.
+        what: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The coordinator does not want this worker any more.
+    #[error("the coordinator has dismissed this worker: {text}")]
+    Dismissed {
+        /// Its words.
+        text: String,
+        /// What to do.
+        hint: Option<&'static str>,
+    },
+}
+
+impl RunError {
+    /// What a person could do.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::State(error) => error.hint(),
+            Self::Dismissed { hint, .. } => *hint,
+            Self::Bind { .. } => Some("is another process on that port? --listen names another"),
+            Self::Settings(_) => Some("join again with a new token: `bonepile-worker join --force TOKEN`"),
+            Self::Outbox(_) | Self::Prepare { .. } => None,
+        }
+    }
+}
+
+/// A running agent: everything the loop owns.
+struct Loop {
+    agent: Agent,
+    supervisor: Supervisor,
+    state: StateDir,
+    outbox: Outbox,
+    publisher: Arc<Publisher>,
+    sender: Arc<Sender>,
+    receiving: Arc<Receiving>,
+    questions: mpsc::Sender<Question>,
+    models: ModelsDir,
+    devices: Vec<Device>,
+    own_key: [u8; 32],
+    epoch: UnixMillis,
+    listen_port: u16,
+    inputs: mpsc::Sender<Input>,
+    link: watch::Sender<Link>,
+    outgoing: Option<mpsc::Sender<ToCoordinator>>,
+    heartbeats: u64,
+    telemetry: watch::Receiver<Vec<Telemetry>>,
+    /// Tasks of seats: sends, publications, hand-overs.
+    tasks: BTreeMap<SeatId, Vec<AbortHandle>>,
+    _lock: StateLock,
+}
+
+/// What the loop listens to.
+struct Ears {
+    inputs: mpsc::Receiver<Input>,
+    questions: mpsc::Receiver<Question>,
+    session: mpsc::Receiver<SessionEvent>,
+}
+
+/// Runs the agent until `stop` resolves or the coordinator dismisses it.
+///
+/// # Errors
+/// [`RunError`]. What is finished stays in the outbox.
+pub async fn run(config: RunConfig, stop: impl Future<Output = ()>) -> Result<(), RunError> {
+    let identity = config.state.identity()?;
+    let lock = config.state.lock()?;
+    let (endpoint, _) = open_endpoint(&config, &identity)?;
+    let (mut the_loop, mut ears) = assemble(config, &identity, &endpoint, lock)?;
+
+    let control = client_config(&identity.credentials, ALPN_CONTROL)?;
+    let coordinator = Coordinator {
+        addresses: identity.coordinators.clone(),
+        server_name: identity.server_name.clone(),
+        config: control,
+    };
+    let (events, session) = mpsc::channel(INPUTS_MAX);
+    ears.session = session;
+    tokio::spawn(keep_connected(endpoint.clone(), coordinator, events));
+    tokio::spawn(accept(endpoint.clone(), Arc::clone(&the_loop.receiving)));
+
+    let outcome = the_loop.listen(&mut ears, stop).await;
+    endpoint.close(VarInt::from_u32(close::DRAINING), b"the worker stops");
+    let _ = tokio::time::timeout(LAST_WORD, endpoint.wait_idle()).await;
+    outcome
+}
+
+fn open_endpoint(config: &RunConfig, identity: &BoxIdentity) -> Result<(Endpoint, Option<SmallBuffers>), RunError> {
+    let server = server_config(&identity.credentials, &[ALPN_PEER], Side::Worker)?;
+    let address = config.listen.unwrap_or_else(any_address);
+    let secret = config.state.endpoint_secret()?;
+    bind(address, &secret, Some(server)).map_err(|source| RunError::Bind { address, source })
+}
+
+fn assemble(
+    config: RunConfig,
+    identity: &BoxIdentity,
+    endpoint: &Endpoint,
+    lock: StateLock,
+) -> Result<(Loop, Ears), RunError> {
+    let prepare = |what| move |source| RunError::Prepare { what, source };
+    let state = config.state;
+    // Executors of an earlier process are dead, and their work with them; its outbox is not.
+    make_empty(&state.work())?;
+    make_empty(&state.receiving())?;
+    let (outbox, kept) = Outbox::open(&state.outbox())?;
+    let found = inventory::take(&config.inventory);
+    for device in &found.devices {
+        match &device.unusable {
+            None => tracing::info!(device = %device.id, model = device.model, "device found"),
+            Some(why) => tracing::warn!(device = %device.id, model = device.model, "device is unusable: {why}"),
+        }
+    }
+    let (inputs, heard) = mpsc::channel(INPUTS_MAX);
+    let (questions, asked) = mpsc::channel(INPUTS_MAX);
+    let (link, linked) = watch::channel(Link::default());
+    let usable: Vec<_> = found.builds.keys().cloned().collect();
+    let supervisor = Supervisor::new(found.builds, inputs.clone());
+    let telemetry = inventory::watch_devices(found.devices.clone(), supervisor.pids(), TELEMETRY)
+        .map_err(prepare("the telemetry thread"))?;
+    let threads = StoreThreads::start().map_err(prepare("threads for the store"))?;
+    let worker = identity.worker;
+    let publisher = Publisher::new(config.store, worker.to_string(), outbox.clone(), threads, linked);
+    let peer = client_config(&identity.credentials, ALPN_PEER)?;
+    let receiving = Receiving {
+        cluster: identity.cluster.clone(),
+        inbox: Inbox::new(state.receiving()),
+        work: state.work(),
+        inputs: inputs.clone(),
+        questions: questions.clone(),
+    };
+    let the_loop = Loop {
+        agent: Agent::new(worker, usable, kept),
+        supervisor,
+        outbox,
+        publisher: Arc::new(publisher),
+        sender: Arc::new(Sender::new(endpoint.clone(), peer, identity.cluster.clone())),
+        receiving: Arc::new(receiving),
+        questions,
+        models: config.models,
+        devices: found.devices,
+        own_key: identity.facts.spki_sha256,
+        epoch: now(),
+        listen_port: endpoint.local_addr().map_err(prepare("the UDP port"))?.port(),
+        inputs,
+        link,
+        outgoing: None,
+        heartbeats: 0,
+        telemetry,
+        tasks: BTreeMap::new(),
+        state,
+        _lock: lock,
+    };
+    // Replaced by the session's.
+    let (_, session) = mpsc::channel(1);
+    Ok((the_loop, Ears { inputs: heard, questions: asked, session }))
+}
+
+fn now() -> UnixMillis {
+    SystemTime::now().into()
+}
+
+impl Loop {
+    async fn listen(&mut self, ears: &mut Ears, stop: impl Future<Output = ()>) -> Result<(), RunError> {
+        let mut stop = std::pin::pin!(stop);
+        let mut beat = interval(Duration::from_millis(HEARTBEAT_INTERVAL_MS));
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.act();
+            let deadline = self.agent.next_deadline().map(|at| Duration::from_millis(at.since_ms(now())));
+            tokio::select! {
+                () = &mut stop => return Ok(()),
+                Some(input) = ears.inputs.recv() => self.take_in(input),
+                Some(question) = ears.questions.recv() => self.answer(question),
+                event = ears.session.recv() => match event {
+                    Some(event) => self.on_session(event)?,
+                    // The session ends by itself only after it has dismissed this worker.
+                    None => return Ok(()),
+                },
+                _ = beat.tick() => self.beat(),
+                () = tokio::time::sleep(deadline.unwrap_or_default()), if deadline.is_some() => {
+                    self.agent.handle(now(), Input::Deadline);
+                }
+            }
+        }
+    }
+
+    fn take_in(&mut self, input: Input) {
+        if let Input::ExecutorExited { executor, detail } = &input {
+            tracing::info!("{detail}");
+            self.supervisor.forget(*executor);
+        }
+        self.agent.handle(now(), input);
+    }
+
+    fn answer(&self, question: Question) {
+        let verdict = self.agent.offer(question.to, &question.peer_spki_sha256);
+        // Who asked may be gone.
+        let _ = question.reply.send(verdict);
+    }
+
+    fn on_session(&mut self, event: SessionEvent) -> Result<(), RunError> {
+        match event {
+            SessionEvent::Greeting(reply) => {
+                let _ = reply.send(self.hello());
+            }
+            SessionEvent::Connected { welcome, connection, outgoing } => {
+                self.link.send_replace(Link { connection: Some(connection), welcome: Some(welcome) });
+                self.outgoing = Some(outgoing);
+                self.heartbeats = 0;
+                self.agent.handle(now(), Input::Connected);
+                self.beat();
+            }
+            SessionEvent::Message(message) => self.agent.handle(now(), Input::Coordinator(message)),
+            SessionEvent::Disconnected => {
+                self.outgoing = None;
+                self.link.send_modify(|link| link.connection = None);
+                self.agent.handle(now(), Input::Disconnected);
+            }
+            SessionEvent::Dismissed { text, hint } => return Err(RunError::Dismissed { text, hint }),
+        }
+        Ok(())
+    }
+
+    fn hello(&self) -> Hello {
+        Hello {
+            build: protocol::BUILD.to_owned(),
+            hostname: super::joining::hostname(),
+            epoch: self.epoch,
+            devices: self.devices.clone(),
+            models: self.models.present(),
+            held: self.agent.held(),
+            peer_port: self.listen_port,
+            addresses: own_addresses(),
+        }
+    }
+
+    fn beat(&mut self) {
+        self.heartbeats += 1;
+        let telemetry = self.telemetry.borrow().clone();
+        let heartbeat = Heartbeat { sequence: self.heartbeats, telemetry, held: self.agent.held() };
+        self.say(heartbeat.into());
+    }
+
+    /// Says something if there is someone to say it to; outcomes are repeated on the next connection.
+    fn say(&mut self, message: ToCoordinator) {
+        if let Some(outgoing) = &self.outgoing
+            && outgoing.try_send(message).is_err()
+        {
+            tracing::warn!("the coordinator reads nothing; dropping its connection");
+            self.outgoing = None;
+        }
+    }
+
+    /// Carries out what the agent wants done.
+    fn act(&mut self) {
+        while let Some(effect) = self.agent.poll_effect() {
+            match effect {
+                Effect::Say { message } => self.say(message),
+                Effect::Launch { executor, device } => self.supervisor.launch(executor, &device),
+                Effect::Run { executor, start } => match self.prepare(&start) {
+                    Ok(run) => self.supervisor.tell(executor, ToExecutor::RunSeat(run)),
+                    Err(failure) => {
+                        let seat = SeatId { attempt: start.attempt, role: start.role };
+                        self.agent.handle(now(), Input::CouldNotStart { seat, failure });
+                    }
+                },
+                Effect::Tell { executor, message } => self.supervisor.tell(executor, message),
+                Effect::Kill { executor } => self.supervisor.kill(executor),
+                Effect::Keep { seat, finished, usage, build } => self.keep(seat, *finished, usage, build),
+                Effect::Publish { seat } => self.publish(seat),
+                Effect::SendPacket { from, to, key, path } => self.send(from, to, key, path),
+                Effect::HandOver { from, to, key, path } => self.hand_over(from, to, key, path),
+                Effect::StopTransfers { seat } => {
+                    for task in self.tasks.remove(&seat).unwrap_or_default() {
+                        task.abort();
+                    }
+                    self.receiving.inbox.forget(seat);
+                }
+                Effect::Discard { seat } => self.discard(seat),
+            }
+        }
+    }
+
+    fn prepare(&self, start: &StartSeat) -> Result<RunSeat, Failure> {
+        let seat = SeatId { attempt: start.attempt, role: start.role };
+        let directory = self.state.work().join(seat.directory_name());
+        protocol::private_file::create_dir(&directory).map_err(|error| {
+            Failure::new(FailureKind::LocalDisk, format!("could not make {}: {error}", directory.display()))
+        })?;
+        let mut models = Vec::new();
+        for name in start.spec.models() {
+            let (path, fingerprint) = self.models.locate(name).map_err(|error| {
+                use protocol::models::ModelError;
+                let kind = match &error {
+                    ModelError::Corrupt { .. } => FailureKind::ModelCorrupt,
+                    _ => FailureKind::ModelMissing,
+                };
+                let hint = error.hint().unwrap_or_default();
+                Failure::new(kind, error.to_string()).hint(hint)
+            })?;
+            let path = path.to_string_lossy().into_owned();
+            models.push(ModelFile { name: name.to_owned(), path, fingerprint });
+        }
+        Ok(RunSeat {
+            attempt: start.attempt,
+            role: start.role,
+            spec: start.spec.clone(),
+            directory: directory.to_string_lossy().into_owned(),
+            models,
+        })
+    }
+
+    fn keep(&self, seat: SeatId, finished: exec::Finished, usage: Usage, build: String) {
+        let (outbox, inputs) = (self.outbox.clone(), self.inputs.clone());
+        let work = self.state.work().join(seat.directory_name());
+        let kept = tokio::task::spawn_blocking(move || outbox.keep(seat, &work, &finished, usage, build));
+        tokio::spawn(async move {
+            let failure = |text: String| Failure::new(FailureKind::LocalDisk, text);
+            let input = match kept.await {
+                Ok(Ok(())) => Input::Kept { seat },
+                Ok(Err(error)) => Input::NotKept { seat, failure: failure(chain(&error)) },
+                Err(error) => Input::NotKept { seat, failure: failure(error.to_string()) },
+            };
+            let _ = inputs.send(input).await;
+        });
+    }
+
+    fn publish(&mut self, seat: SeatId) {
+        let (publisher, inputs) = (Arc::clone(&self.publisher), self.inputs.clone());
+        self.spawn_for(seat, async move { publisher.publish(seat, &inputs).await });
+    }
+
+    fn send(&mut self, from: SeatId, to: SeatAddress, key: String, path: String) {
+        let (sender, inputs) = (Arc::clone(&self.sender), self.inputs.clone());
+        self.spawn_for(from, async move {
+            let input = match sender.send(from, &to, &key, path.as_ref()).await {
+                Ok(bytes) => {
+                    // What has arrived is of no more use here.
+                    let _ = tokio::fs::remove_file(&path).await;
+                    Input::PacketSent { seat: from, key, bytes }
+                }
+                Err(failure) => Input::PacketNotSent { seat: from, key, failure },
+            };
+            let _ = inputs.send(input).await;
+        });
+    }
+
+    fn hand_over(&mut self, from: SeatId, to: SeatId, key: String, path: String) {
+        let (receiving, questions, inputs) = (Arc::clone(&self.receiving), self.questions.clone(), self.inputs.clone());
+        let own_key = self.own_key;
+        self.spawn_for(from, async move {
+            let place = receiving.place(to, &key);
+            let input = match hand_over(&questions, to, own_key, path.into(), place.clone()).await {
+                Ok(bytes) => {
+                    let path = place.to_string_lossy().into_owned();
+                    let _ = inputs.send(Input::PacketArrived { seat: to, key: key.clone(), path, bytes }).await;
+                    Input::PacketSent { seat: from, key, bytes }
+                }
+                Err(failure) => Input::PacketNotSent { seat: from, key, failure },
+            };
+            let _ = inputs.send(input).await;
+        });
+    }
+
+    fn discard(&mut self, seat: SeatId) {
+        for task in self.tasks.remove(&seat).unwrap_or_default() {
+            task.abort();
+        }
+        let (outbox, work) = (self.outbox.clone(), self.state.work());
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = outbox.discard(seat) {
+                tracing::warn!(%seat, "could not remove a settled seat: {}", chain(&error));
+            }
+            for name in [seat.directory_name(), format!("{}.in", seat.directory_name())] {
+                let path = work.join(name);
+                match std::fs::remove_dir_all(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        tracing::warn!(path = %path.display(), "could not remove a seat's directory: {error}");
+                    }
+                    _ => {}
+                }
+            }
+        });
+    }
+
+    /// A task that ends with its seat.
+    fn spawn_for(&mut self, seat: SeatId, task: impl Future<Output = ()> + Send + 'static) {
+        let tasks = self.tasks.entry(seat).or_default();
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(tokio::spawn(task).abort_handle());
+    }
+}
+
+/// Gives a packet to a seat of this worker, once that has started.
+async fn hand_over(
+    questions: &mpsc::Sender<Question>,
+    to: SeatId,
+    own_key: [u8; 32],
+    source: PathBuf,
+    place: PathBuf,
+) -> Result<u64, Failure> {
+    let deadline = Instant::now() + HAND_OVER_PATIENCE;
+    loop {
+        let why = match ask(questions, to, own_key).await {
+            OfferVerdict::Take => break,
+            OfferVerdict::NotYet if Instant::now() < deadline => {
+                tokio::time::sleep(HAND_OVER_EVERY).await;
+                continue;
+            }
+            OfferVerdict::NotYet => "has not started here",
+            OfferVerdict::Over => "is over here",
+            OfferVerdict::NotTheSeat => "does not expect packets from this worker",
+        };
+        return Err(Failure::new(FailureKind::PeerLost, format!("{to} {why}")));
+    }
+    let linked = tokio::task::spawn_blocking(move || {
+        if let Some(directory) = place.parent() {
+            protocol::private_file::create_dir(directory)?;
+        }
+        // The same file under two names; each seat removes its own.
+        std::fs::hard_link(&source, &place).or_else(|_| std::fs::copy(&source, &place).map(drop))?;
+        std::fs::metadata(&place).map(|file| file.len())
+    });
+    let disk = |error: String| Failure::new(FailureKind::LocalDisk, format!("could not hand a packet over: {error}"));
+    linked.await.map_err(|error| disk(error.to_string()))?.map_err(|error| disk(error.to_string()))
+}
+
+/// Addresses by which others may reach this box, beside the one that the coordinator sees. Only the one that the system
+/// would use to reach the outside: interfaces are not listed.
+fn own_addresses() -> Vec<String> {
+    // Connecting a UDP socket sends nothing; it only asks the system which way it would go. The address is documentation's.
+    let outward = || -> io::Result<SocketAddr> {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+        socket.connect("192.0.2.1:9")?;
+        socket.local_addr()
+    };
+    outward().map(|address| address.ip().to_string()).into_iter().collect()
+}

@@ -294,7 +294,7 @@ pub(super) fn transfer(spread: Spread) -> ShardSpec {
     })
 }
 
-fn cpu(budget: u64) -> Device {
+pub(super) fn cpu(budget: u64) -> Device {
     Device {
         id: DeviceId("cpu".to_owned()),
         kind: DeviceKind::Cpu,

@@ -71,8 +71,8 @@ pub enum SessionEvent {
 enum Ended {
     /// Nobody there, or refused before a session began.
     NotReached { text: String, hint: Option<&'static str> },
-    /// The session ran and is over.
-    Over { connection: Connection },
+    /// The session ran and is over; how the connection ended, if it was not this side that ended it.
+    Over(ConnectionError),
     /// The loop is gone.
     Deaf,
 }
@@ -98,8 +98,7 @@ pub async fn keep_connected(endpoint: Endpoint, coordinator: Coordinator, events
                     last_text = text;
                 }
             }
-            Ended::Over { connection } => {
-                let reason = connection.close_reason().unwrap_or(ConnectionError::LocallyClosed);
+            Ended::Over(reason) => {
                 let (text, hint) = explain(&reason);
                 match application_code(&reason) {
                     Some(close::REVOKED) => {
@@ -163,8 +162,7 @@ async fn serve(connection: Connection, address: &str, events: &mpsc::Sender<Sess
         Ok(Some(greeted)) => greeted,
         _ if events.is_closed() => return Ended::Deaf,
         _ => {
-            connection.close(VarInt::from_u32(close::PROTOCOL), b"no welcome");
-            return Ended::Over { connection };
+            return over(&connection, close::PROTOCOL, b"no welcome");
         }
     };
     tracing::info!(address, cluster = welcome.cluster, build = welcome.build, "connected to the coordinator");
@@ -178,11 +176,18 @@ async fn serve(connection: Connection, address: &str, events: &mpsc::Sender<Sess
         () = write(send, messages) => {}
         _ = connection.closed() => {}
     }
-    connection.close(VarInt::from_u32(close::DONE), b"");
+    let ended = over(&connection, close::DONE, b"");
     match events.send(SessionEvent::Disconnected).await {
-        Ok(()) => Ended::Over { connection },
+        Ok(()) => ended,
         Err(_) => Ended::Deaf,
     }
+}
+
+/// Closes a connection. Closing overwrites how it ended, so that is read before.
+fn over(connection: &Connection, code: u32, reason: &[u8]) -> Ended {
+    let ended = connection.close_reason().unwrap_or(ConnectionError::LocallyClosed);
+    connection.close(VarInt::from_u32(code), reason);
+    Ended::Over(ended)
 }
 
 type Greeted = (Arc<Welcome>, FrameReader<ToWorker>, SendStream);

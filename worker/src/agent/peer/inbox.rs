@@ -215,6 +215,12 @@ impl Inbox {
         });
     }
 
+    /// Bytes of chunks that are here of packets under way.
+    pub fn bytes_here(&self) -> u64 {
+        let here = |partial: &Arc<Partial>| u64::from(lock(&partial.chunks).here) * u64::from(partial.chunk_bytes);
+        lock(&self.state).partial.values().map(here).sum()
+    }
+
     fn expire(&self, state: &mut State, now: Instant) {
         state.partial.retain(|_, partial| {
             let chunks = lock(&partial.chunks);

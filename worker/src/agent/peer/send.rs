@@ -43,6 +43,7 @@ pub struct Sender {
     cluster: String,
     peers: Mutex<BTreeMap<[u8; 32], Arc<Peer>>>,
     transfers: AtomicU64,
+    patience: Duration,
 }
 
 #[derive(Debug)]
@@ -71,7 +72,15 @@ fn again(why: impl Into<String>) -> Ended {
 impl Sender {
     /// A sender that dials from `endpoint` with `config`, this worker's for the peer conversation.
     pub fn new(endpoint: Endpoint, config: ClientConfig, cluster: String) -> Self {
-        Self { endpoint, config, cluster, peers: Mutex::default(), transfers: AtomicU64::new(1) }
+        let (peers, transfers) = (Mutex::default(), AtomicU64::new(1));
+        Self { endpoint, config, cluster, peers, transfers, patience: PATIENCE }
+    }
+
+    /// The same sender, giving up a target that cannot be reached after `patience` instead of a minute.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// Sends the packet at `path` and returns its length once the target has it whole.
@@ -122,7 +131,7 @@ impl Sender {
                         reached_at = Instant::now();
                         backoff.reset();
                     }
-                    if reached_at.elapsed() > PATIENCE {
+                    if reached_at.elapsed() > self.patience {
                         return Err(lost(to, &why));
                     }
                     backoff.next_wait(random())

@@ -122,6 +122,8 @@ async fn converse(peer: &Arc<Peer>, mut send: SendStream, mut reader: FrameReade
         let offer = match reader.next().await {
             Ok(Some(Received::Message(PeerMessage::Offer(offer)))) => offer,
             Ok(None) => return,
+            // It crossed a refusal.
+            Ok(Some(Received::Message(PeerMessage::Done(_)))) => continue,
             Ok(Some(_)) => {
                 peer.member.connection().close(VarInt::from_u32(close::PROTOCOL), b"an offer was expected");
                 return;

@@ -1,0 +1,54 @@
+# What the README's commands call. Needs a Rust toolchain, a C compiler, make and python3 with pip; nothing else.
+
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+RELEASE := $(TARGET)/release
+
+.PHONY: help build demo test lint deny models bench
+
+help:
+	@echo "make demo   build, bring two models, run a whole cluster on this machine, write a report"
+	@echo "make test   every gate, then every test"
+	@echo "make lint   every gate: format, clippy, rustdoc, the parts that must build alone, licences"
+	@echo "make build  the three programs, in $(RELEASE)"
+	@echo "make bench  speed and memory of the models on this machine"
+
+# One program a command: the agent is built without ML in it, and stays so.
+build:
+	$(CARGO) build --release --locked -p coordinator --bin bonepile
+	$(CARGO) build --release --locked -p worker --bin bonepile-worker --no-default-features --features agent
+	$(CARGO) build --release --locked -p worker --bin bonepile-executor --no-default-features --features executor
+
+demo: build
+	$(RELEASE)/bonepile models pull --all
+	$(RELEASE)/bonepile demo
+
+lint: deny
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items --locked
+	$(CARGO) check -p coordinator --no-default-features --locked
+	$(CARGO) check -p worker --no-default-features --features agent --locked
+
+deny:
+	@if $(CARGO) deny --version >/dev/null 2>&1; then \
+		$(CARGO) deny --locked --all-features check bans licenses sources; \
+	else \
+		echo "skipped: cargo-deny is not installed, so licences and sources of dependencies are not checked"; \
+	fi
+
+# Tests never download: the models that some of them need are brought here.
+models:
+	$(CARGO) run --quiet --locked -p coordinator --bin bonepile -- models pull --all
+
+# The end-to-end tests start the programs themselves, so those are built first.
+test: lint models
+	$(CARGO) build --workspace --bins --locked
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		echo $(CARGO) nextest run --workspace --locked; \
+		$(CARGO) nextest run --workspace --locked; \
+	else \
+		echo $(CARGO) test --workspace --lib --bins --tests --locked; \
+		$(CARGO) test --workspace --lib --bins --tests --locked; \
+	fi
+	$(CARGO) test --workspace --doc --locked

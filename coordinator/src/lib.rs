@@ -6,6 +6,8 @@
 //! - [`authority`]: the cluster's keys, and signing workers. [`net`]: the UDP port: joining, sessions, uploads.
 //! - [`api`]: what the HTTP API says. [`http`]: saying it on a unix socket.
 //! - [`serve`]: all of it, started and stopped in order.
+//! - [`cli`]: the command line of operators and researchers. [`demo`]: a whole cluster on one machine.
+//! - [`report`]: results as tables and as a page.
 
 pub mod scheduler;
 
@@ -14,7 +16,11 @@ pub mod api;
 #[cfg(feature = "runtime")]
 pub mod authority;
 #[cfg(feature = "runtime")]
+pub mod cli;
+#[cfg(feature = "runtime")]
 pub mod clock;
+#[cfg(feature = "runtime")]
+pub mod demo;
 #[cfg(feature = "runtime")]
 pub mod driver;
 #[cfg(feature = "runtime")]
@@ -23,5 +29,7 @@ pub mod http;
 pub mod journal;
 #[cfg(feature = "runtime")]
 pub mod net;
+#[cfg(feature = "runtime")]
+pub mod report;
 #[cfg(feature = "runtime")]
 pub mod serve;

@@ -1,3 +1,7 @@
-//! Entry point.
+//! `bonepile`: the coordinator, and the command line of operators and researchers.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    coordinator::cli::main()
+}

@@ -1,0 +1,241 @@
+//! The command line as typed. Nothing here reads files or the environment beyond what clap does: `--help` always works.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use protocol::ids::{RunId, ShardId, TokenId, WorkerId};
+
+/// Research on KV caches over a heap of old GPU boxes.
+///
+/// Exit codes: 0 done; 1 failed; 2 the command line, cluster.toml or a sweep is wrong; 3 the coordinator does not answer;
+/// 4 done in part; 5 the journal is damaged or too new.
+#[derive(Debug, Parser)]
+#[command(name = "bonepile", version = protocol::BUILD, max_term_width = 100)]
+pub struct Cli {
+    /// The cluster's settings; they say where the coordinator listens
+    #[arg(long, global = true, value_name = "FILE", env = "BONEPILE_CONFIG", default_value = "cluster.toml")]
+    pub config: PathBuf,
+    /// Print JSON: one document, or one a line for streams
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print nothing but data and errors
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Everything `bonepile` does.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a cluster: cluster.toml, keys, journal's directory, results store
+    Init(Init),
+    /// Run the coordinator
+    Serve,
+    /// Let boxes join
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Show the workers and their devices
+    Workers,
+    /// Give a worker nothing new; it finishes what it has
+    Drain(OneWorker),
+    /// Give a drained worker work again
+    Undrain(OneWorker),
+    /// Shut a worker out for good
+    Revoke(OneWorker),
+    /// Submit a sweep
+    Submit(Submit),
+    /// Show the runs, newest first, or one run with its shards
+    Runs(Runs),
+    /// Follow a run to its end
+    Watch(OneRun),
+    /// Say why a shard is where it is
+    Explain(OneShard),
+    /// Show what a run measured
+    Results(OneRun),
+    /// Write a run's report into the results store
+    Report(OneRun),
+    /// Cancel a run; what was committed stays
+    Cancel(Cancel),
+    /// Try a run's failed shards again
+    Retry(OneRun),
+    /// Look after the results store
+    #[command(subcommand)]
+    Store(StoreCommand),
+    /// Look after this box's models
+    #[command(subcommand)]
+    Models(ModelsCommand),
+    /// Run a whole cluster on this machine, a real sweep, and write its report
+    Demo(Demo),
+}
+
+/// `init`.
+#[derive(Debug, Args)]
+pub struct Init {
+    /// Where; made if it does not exist
+    #[arg(value_name = "DIR", default_value = ".")]
+    pub directory: PathBuf,
+    /// Name of the cluster: 1 to 40 of a-z, 0-9 and -
+    #[arg(long, default_value = "bonepile")]
+    pub name: String,
+    /// Where the results store shall be; default DIR/store
+    #[arg(long, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+    /// UDP address for workers
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<String>,
+    /// Addresses put into join tokens, if workers must dial others than the one that is listened on
+    #[arg(long, value_name = "HOST:PORT")]
+    pub advertise: Vec<String>,
+}
+
+/// `token …`.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token; shown only now
+    Create {
+        /// Boxes that may join with it
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        uses: u32,
+        /// Life: 90s, 30m, 2h, 7d
+        #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_ttl)]
+        ttl: Duration,
+    },
+    /// Show the tokens
+    List,
+    /// Withdraw a token
+    Revoke {
+        /// Its id, as in t2
+        token: TokenId,
+    },
+}
+
+/// A command about one worker.
+#[derive(Debug, Args)]
+pub struct OneWorker {
+    /// Its id, as in w3
+    pub worker: WorkerId,
+}
+
+/// A command about one run.
+#[derive(Debug, Args)]
+pub struct OneRun {
+    /// Its id, as in r12
+    pub run: RunId,
+}
+
+/// `runs`.
+#[derive(Debug, Args)]
+pub struct Runs {
+    /// Only this one, with its shards
+    pub run: Option<RunId>,
+}
+
+/// A command about one shard.
+#[derive(Debug, Args)]
+pub struct OneShard {
+    /// Its id, as in r12.3
+    pub shard: ShardId,
+}
+
+/// `submit`.
+#[derive(Debug, Args)]
+pub struct Submit {
+    /// The sweep, a TOML file
+    pub sweep: PathBuf,
+    /// Follow the run to its end
+    #[arg(long)]
+    pub watch: bool,
+}
+
+/// `cancel`.
+#[derive(Debug, Args)]
+pub struct Cancel {
+    /// The run, as in r12
+    pub run: RunId,
+    /// Why, for the journal and the workers' logs
+    #[arg(long, default_value = "")]
+    pub reason: String,
+}
+
+/// `store …`.
+#[derive(Debug, Subcommand)]
+pub enum StoreCommand {
+    /// Read the whole store and check it; exits 1 if something is wrong
+    Fsck {
+        /// The store; default: the cluster's
+        path: Option<PathBuf>,
+    },
+}
+
+/// `models …`.
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// Show the known models and what is on this box
+    List,
+    /// Bring models with pip; goes on where it was cut short
+    Pull {
+        /// Their names
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        names: Vec<String>,
+        /// All known models
+        #[arg(long)]
+        all: bool,
+    },
+    /// Read the models of this box and compare their SHA-256
+    Verify {
+        /// Their names; default: all known models
+        names: Vec<String>,
+    },
+}
+
+/// `demo`.
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// Make the cluster here and leave it; default: a temporary directory, removed if all went well but for the results store
+    #[arg(long, value_name = "DIR")]
+    pub keep: Option<PathBuf>,
+}
+
+/// Reads `90s`, `30m`, `2h` or `7d`, from a second to a year.
+fn parse_ttl(text: &str) -> Result<Duration, String> {
+    const UNITS: [(char, u64); 4] = [('s', 1), ('m', 60), ('h', 3600), ('d', 86_400)];
+    UNITS
+        .iter()
+        .find_map(|(unit, seconds)| text.strip_suffix(*unit)?.parse::<u64>().ok()?.checked_mul(*seconds))
+        .filter(|seconds| (1..=31_536_000).contains(seconds))
+        .map(Duration::from_secs)
+        .ok_or_else(|| "expected a time from 1s to 365d, as in 90s, 30m, 2h or 7d".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn ids_are_read_as_people_write_them() {
+        let parse = |words: &[&str]| Cli::try_parse_from([&["bonepile"], words].concat());
+        assert!(parse(&["explain", "r1.2", "--json"]).is_ok());
+        let error = parse(&["explain", "1.2"]).unwrap_err().to_string();
+        assert!(error.contains("a shard id such as r12.3"), "{error}");
+        assert!(parse(&["models", "pull"]).is_err(), "pull wants names or --all");
+    }
+
+    #[test]
+    fn a_life_is_a_number_with_a_unit() {
+        assert_eq!(parse_ttl("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(parse_ttl("7d"), Ok(Duration::from_secs(604_800)));
+        for bad in ["", "60", "0s", "-1h", "1 h", "366d", "99999999999999999999d"] {
+            assert!(parse_ttl(bad).is_err(), "{bad}");
+        }
+    }
+}

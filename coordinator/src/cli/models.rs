@@ -1,6 +1,6 @@
 //! `bonepile models`: what is on this box, bringing it, checking it. Works without a coordinator.
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use protocol::catalogue::{self, KnownModel, MODELS};
 use protocol::models::{ModelError, ModelsDir, Presence, PullEvent};
 use serde_json::{Value, json};
@@ -83,7 +83,7 @@ fn pull(context: &mut Context, models: &ModelsDir, wanted: &[&KnownModel]) -> Ou
 
 fn pull_one(context: &mut Context, models: &ModelsDir, model: &KnownModel) -> Result<std::path::PathBuf, Failure> {
     let bar = context.output.moving().then(|| {
-        let bar = ProgressBar::new(model.bytes);
+        let bar = ProgressBar::new(model.bytes).with_finish(ProgressFinish::AndClear);
         let style = ProgressStyle::with_template("{msg:40} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
         bar.set_style(style.expect("the template is well-formed"));
         bar

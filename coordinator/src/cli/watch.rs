@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use protocol::ids::RunId;
 use protocol::limits::clean_text;
 
@@ -138,8 +138,9 @@ struct View {
 impl View {
     fn new(context: &Context, elements: bool) -> Self {
         let bar = context.output.moving().then(|| {
-            let bar = ProgressBar::new(BAR_STEPS);
-            let style = ProgressStyle::with_template("{elapsed_precise} [{bar:28}] {msg}");
+            // Gone from the terminal when watching ends, whatever the reason.
+            let bar = ProgressBar::new(BAR_STEPS).with_finish(ProgressFinish::AndClear);
+            let style = ProgressStyle::with_template("{elapsed_precise} [{bar:28}] {wide_msg}");
             bar.set_style(style.expect("the template is well-formed").progress_chars("=> "));
             bar.enable_steady_tick(Duration::from_millis(500));
             bar

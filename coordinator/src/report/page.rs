@@ -264,6 +264,7 @@ fn transfer(transfer: &Transfer) -> Result<Value, PlotError> {
         context! {
             logit => exponent(row.logit_max_abs),
             kl => row.kl.map(|kl| exponent(kl.mean)),
+            exact => row.logit_max_abs == 0.0,
             holds => transfer.injected_equals_text(),
             limit => exponent(ROUNDING_LOGIT_MAX),
         }
@@ -281,6 +282,7 @@ fn transfer(transfer: &Transfer) -> Result<Value, PlotError> {
         packet_bytes => bytes(transfer.packet_bytes),
         accuracy_svg => plots::rows(&name, Axis::Share, "answers right (95 % Wilson interval)", &accuracy)?,
         kl_svg => plots::rows(&name, Axis::Log { floor: KL_FLOOR }, "KL(text ‖ condition), nats (95 % bootstrap interval)", &kl)?,
+        kl_floor => exponent(KL_FLOOR),
         conditions => transfer.conditions.iter().map(condition_row).collect::<Vec<_>>(),
         equivalence => equivalence,
         careful => recipes.map(|(careful, _)| condition_row(careful)),

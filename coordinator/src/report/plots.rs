@@ -106,7 +106,7 @@ pub(super) struct Interval {
 pub(super) enum Axis {
     /// 0 to 1, linear, shown as per cent.
     Share,
-    /// Logarithmic from `floor`; what lies at or below stands hollow at the left edge, which reads "0".
+    /// Logarithmic from `floor`; what lies at or below stands hollow at the left edge.
     Log { floor: f64 },
 }
 
@@ -121,7 +121,8 @@ pub(super) fn rows(name: &str, axis: Axis, description: &str, rows: &[RowPoint])
         Axis::Log { floor } => {
             let highs = rows.iter().flat_map(|row| row.values.iter().flatten()).map(|interval| interval.high);
             let top = highs.fold(floor * 100.0, f64::max) * 2.0;
-            let format = |x: &f64| if *x <= floor * 1.01 { "0".to_owned() } else { power_of_ten(*x) };
+            let format =
+                |x: &f64| if *x <= floor * 1.01 { format!("≤ {}", power_of_ten(*x)) } else { power_of_ten(*x) };
             draw_rows(root, rows, (floor..top).log_scale(), description, &format, floor)
         }
     })

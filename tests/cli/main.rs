@@ -2,6 +2,8 @@
 //!
 //! Needs no coordinator: clusters of processes are tested elsewhere.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};

@@ -3,6 +3,7 @@
 //! Layout:
 //! - `agent` (feature `agent`): the daemon. Async, light, no ML inside.
 //! - `executor`, `experiment`, `model`, `cache` (feature `executor`): the child process that computes.
+//! - `tool` (feature `executor`): one model by hand, without a cluster.
 
 #[cfg(feature = "agent")]
 pub mod agent;
@@ -18,3 +19,5 @@ pub mod memory;
 pub mod model;
 #[cfg(feature = "executor")]
 pub mod random;
+#[cfg(feature = "executor")]
+pub mod tool;

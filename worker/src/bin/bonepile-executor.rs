@@ -1,23 +1,36 @@
-//! The executor's binary: a child process of the agent, speaking frames on stdin and stdout.
+//! The executor's binary: a child process of the agent, speaking frames on stdin and stdout; or one model by hand.
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use worker::executor::{failure::chain, serve};
+use worker::tool::ModelCommand;
 
-/// Computes shards for an agent. Started by `bonepile-worker`; not meant for a terminal.
+/// Computes shards for an agent. Started by `bonepile-worker`; without a subcommand not meant for a terminal.
 #[derive(Debug, Parser)]
 #[command(version = protocol::BUILD)]
 struct Cli {
     /// Compute threads [default: all cores].
     #[arg(long, env = "BONEPILE_THREADS", value_name = "N")]
     threads: Option<usize>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// One model by hand, without a cluster.
+    #[command(subcommand)]
+    Model(ModelCommand),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    if let Some(Command::Model(command)) = cli.command {
+        return command.run_to_exit();
+    }
     match serve(cli.threads, std::io::stdin(), std::io::stdout()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

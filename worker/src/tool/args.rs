@@ -1,0 +1,209 @@
+//! The command line of the tool, and from a model's name to its file.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand, ValueEnum};
+use protocol::models::ModelsDir;
+
+use crate::cache::CacheError;
+use crate::model::{LoadOptions, Model, ModelError, Precision};
+
+/// `model …`.
+#[derive(Debug, Subcommand)]
+pub enum ModelCommand {
+    /// Show architecture, tensors, cache bytes a token and memory by phase.
+    Show(ShowArgs),
+    /// Run one prompt: text, timing, top logits; save or load the cache.
+    Run(RunArgs),
+    /// Measure prefill, decode and peak memory.
+    Bench(BenchArgs),
+}
+
+/// Which model, and how it is held.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A GGUF file, or a name of the catalogue.
+    pub model: String,
+    /// Models directory [default: `$BONEPILE_MODELS`, else the user's cache].
+    #[arg(long, value_name = "DIR")]
+    pub models: Option<PathBuf>,
+    /// How weights are held and multiplied.
+    #[arg(long, value_enum, default_value_t = PrecisionArg::Stored)]
+    pub precision: PrecisionArg,
+    /// Compute threads [default: all cores].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// [`Precision`] as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PrecisionArg {
+    /// Dequantised to f32: the reference.
+    F32,
+    /// As in the file: faster, a fraction of the memory.
+    Stored,
+}
+
+/// `model show`.
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    /// Which.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// List every tensor.
+    #[arg(long)]
+    pub tensors: bool,
+    /// One JSON document.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `model run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Which.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The prompt.
+    #[arg(long, required_unless_present = "ids", conflicts_with = "ids")]
+    pub text: Option<String>,
+    /// The prompt as token ids.
+    #[arg(long, value_delimiter = ',')]
+    pub ids: Option<Vec<u32>>,
+    /// Put the text into the model's chat template, as the user's turn.
+    #[arg(long, requires = "text")]
+    pub chat: bool,
+    /// Tokens to generate at most.
+    #[arg(long, default_value_t = 32, value_name = "N")]
+    pub tokens: usize,
+    /// 0: always the likeliest token. Above: sampled.
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    pub temperature: f64,
+    /// Sample from the likeliest tokens that hold this much probability.
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Seed of the sampling: the same seed gives the same text.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Save cache, hidden states and logits of the prompt: safetensors, names in `docs/model.md`.
+    #[arg(long, value_name = "FILE")]
+    pub save: Option<PathBuf>,
+    /// Begin from a packet: the prompt goes on after what it holds.
+    #[arg(long, value_name = "FILE")]
+    pub cache: Option<PathBuf>,
+    /// One JSON document.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `model bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Which.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Tokens of the prompt.
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub prompt: usize,
+    /// Tokens decoded.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub decode: usize,
+    /// Repetitions; the median is reported.
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    pub runs: usize,
+}
+
+/// The tool could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    /// The model is not there, or not as it should be.
+    #[error(transparent)]
+    Find(#[from] protocol::models::ModelError),
+    /// The model could not be loaded or run.
+    #[error("load or run the model")]
+    Model(#[from] ModelError),
+    /// A cache does not fit or is damaged.
+    #[error("use the cache {}", path.display())]
+    Cache {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: CacheError,
+    },
+    /// A tensor could not be made or written.
+    #[error("write {}", path.display())]
+    Save {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// stdout could not be written.
+    #[error("write the answer")]
+    Output(#[from] std::io::Error),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Request(String),
+}
+
+impl ToolError {
+    /// What a person could do.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Find(error) => error.hint(),
+            Self::Cache { source: CacheError::Packet { .. }, .. } => {
+                Some("only packets that bonepile wrote can be injected".to_owned())
+            }
+            _ => None,
+        }
+    }
+}
+
+impl ModelArgs {
+    /// Where the model is, and the fingerprint that it must have, if known.
+    ///
+    /// # Errors
+    /// [`ToolError::Find`].
+    pub fn locate(&self) -> Result<(PathBuf, Option<String>), ToolError> {
+        let path = Path::new(&self.model);
+        if path.is_file() {
+            return Ok((path.to_path_buf(), None));
+        }
+        let directory = match &self.models {
+            Some(root) => ModelsDir::at(root),
+            None => ModelsDir::from_env()?,
+        };
+        Ok(directory.locate(&self.model)?)
+    }
+
+    /// Sets the number of threads, then loads.
+    ///
+    /// # Errors
+    /// If the model is not there or cannot be loaded.
+    pub fn load(&self) -> Result<Model, ToolError> {
+        if let Some(threads) = self.threads {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build_global();
+            pool.map_err(|error| ToolError::Request(format!("start {threads} threads: {error}")))?;
+        }
+        let (path, expected_fingerprint) = self.locate()?;
+        let precision = match self.precision {
+            PrecisionArg::F32 => Precision::F32,
+            PrecisionArg::Stored => Precision::Stored,
+        };
+        Ok(Model::load(&path, &LoadOptions { expected_fingerprint, precision })?)
+    }
+}
+
+/// One JSON document on stdout.
+pub(super) fn print_json(value: &serde_json::Value) -> Result<(), ToolError> {
+    let text = serde_json::to_string_pretty(value).expect("a JSON value is plain data");
+    Ok(writeln!(std::io::stdout().lock(), "{text}")?)
+}
+
+/// `12.3 MB`, in powers of ten.
+pub(super) fn megabytes(bytes: u64) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
+}

@@ -1,0 +1,42 @@
+//! One model by hand, without a cluster: what it is, what it says, how fast it is.
+//!
+//! Reached as `bonepile-executor model …`, and as `bonepile-worker model …`, which starts the executor's binary for it: the
+//! agent has no ML inside. Data goes to stdout, everything else to stderr.
+//!
+//! Layout:
+//! - [`args`]: the command line, and finding the model.
+//! - [`show`]: architecture, tensors, memory. [`run`]: one prompt. [`bench`]: rates and peak memory.
+
+pub mod args;
+pub mod bench;
+pub mod run;
+pub mod show;
+
+use std::process::ExitCode;
+
+pub use args::{ModelCommand, ToolError};
+
+use crate::executor::failure::chain;
+
+impl ModelCommand {
+    /// Does it; says on stderr what went wrong, with a hint where there is one. A reader that goes away is no failure.
+    #[expect(clippy::print_stderr, reason = "the error of a command line")]
+    pub fn run_to_exit(&self) -> ExitCode {
+        let done = match self {
+            Self::Show(args) => show::show(args),
+            Self::Run(args) => run::run(args),
+            Self::Bench(args) => bench::bench(args),
+        };
+        match done {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(ToolError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: failed to {}", chain(&error));
+                if let Some(hint) = error.hint() {
+                    eprintln!("hint: {hint}");
+                }
+                ExitCode::FAILURE
+            }
+        }
+    }
+}

@@ -148,11 +148,13 @@ pub enum Condition {
     KeysOnly,
     /// The source's values with the target's keys of the neutral text.
     ValuesOnly,
+    /// The source's text and then the naive recipe's question: what `naive` owes to its wording rather than to the cache.
+    NaiveText,
 }
 
 impl Condition {
     /// What a sweep that names no conditions gets: all that the issue of honest transfer needs.
-    pub const DEFAULT: [Self; 9] = [
+    pub const DEFAULT: [Self; 10] = [
         Self::Text,
         Self::NoContext,
         Self::Injected,
@@ -161,6 +163,7 @@ impl Condition {
         Self::MatchedNoise,
         Self::OtherSubject,
         Self::Naive,
+        Self::NaiveText,
         Self::Rerotated(1024),
     ];
 }
@@ -178,6 +181,7 @@ impl std::fmt::Display for Condition {
             Self::Naive => f.write_str("naive"),
             Self::KeysOnly => f.write_str("keys-only"),
             Self::ValuesOnly => f.write_str("values-only"),
+            Self::NaiveText => f.write_str("naive-text"),
         }
     }
 }
@@ -202,6 +206,7 @@ impl std::str::FromStr for Condition {
             "naive" => Ok(Self::Naive),
             "keys-only" => Ok(Self::KeysOnly),
             "values-only" => Ok(Self::ValuesOnly),
+            "naive-text" => Ok(Self::NaiveText),
             _ => match text.split_once('+') {
                 Some(("shifted", digits)) => gap(digits).map(Self::Shifted),
                 Some(("rerotated", digits)) => gap(digits).map(Self::Rerotated),
@@ -213,7 +218,7 @@ impl std::str::FromStr for Condition {
 
 impl Condition {
     /// Every condition as a sweep writes it; `N` is a gap in tokens.
-    pub const NAMES: [&'static str; 10] = [
+    pub const NAMES: [&'static str; 11] = [
         "text",
         "no-context",
         "injected",
@@ -224,5 +229,6 @@ impl Condition {
         "naive",
         "keys-only",
         "values-only",
+        "naive-text",
     ];
 }

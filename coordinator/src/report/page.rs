@@ -287,6 +287,7 @@ fn transfer(transfer: &Transfer) -> Result<Value, PlotError> {
         equivalence => equivalence,
         careful => recipes.map(|(careful, _)| condition_row(careful)),
         naive => recipes.map(|(_, naive)| condition_row(naive)),
+        naive_text => transfer.row(Condition::NaiveText).map(condition_row),
         samples => samples(transfer),
     })
 }
@@ -325,6 +326,7 @@ fn about(condition: &str) -> String {
         Ok(Condition::MatchedNoise) => "noise with the cache's mean and deviation".to_owned(),
         Ok(Condition::OtherSubject) => "the cache of another subject".to_owned(),
         Ok(Condition::Naive) => "the seed project's recipe".to_owned(),
+        Ok(Condition::NaiveText) => "the text itself, then that recipe's question".to_owned(),
         Ok(Condition::KeysOnly) => "the source's keys, values of a neutral text".to_owned(),
         Ok(Condition::ValuesOnly) => "the source's values, keys of a neutral text".to_owned(),
         Err(_) => String::new(),

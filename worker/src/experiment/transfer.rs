@@ -160,7 +160,7 @@ impl Target<'_> {
         let asked = self.ask(index, condition, fetch)?;
         // The seed's wording has an oracle of its own, so that its distance is what became of the cache, not the wording.
         let own_oracle;
-        let (oracle, question) = if condition == Condition::Naive {
+        let (oracle, question) = if matches!(condition, Condition::Naive | Condition::NaiveText) {
             own_oracle = self.oracle(index, true)?;
             (own_oracle.as_slice(), fact.bare_question())
         } else {
@@ -199,6 +199,10 @@ impl Target<'_> {
             Condition::NoContext => {
                 let start = self.model.tokenizer().encode_start(&fact.question())?;
                 return self.continued(self.model.start()?, &start, 0);
+            }
+            Condition::NaiveText => {
+                let context = self.read(&fact.text())?;
+                return self.continued(context, &self.model.tokenizer().encode(&fact.bare_question())?, 0);
             }
             Condition::Naive => {
                 let context = self.model.inject(self.packet(&naive_key(index), fetch)?)?;

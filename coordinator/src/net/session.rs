@@ -90,6 +90,8 @@ fn cleaned(mut hello: Hello) -> Hello {
 fn refused_code(refused: &Refused) -> u32 {
     match refused.code {
         refusal::UNAVAILABLE => close::RESTARTING,
+        refusal::WORKER_REVOKED => close::REVOKED,
+        refusal::TOO_MUCH => close::LIMIT,
         _ => close::ROLE,
     }
 }

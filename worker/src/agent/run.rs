@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -130,7 +130,7 @@ struct Loop {
     devices: Vec<Device>,
     own_key: [u8; 32],
     epoch: UnixMillis,
-    listen_port: u16,
+    bound: SocketAddr,
     inputs: mpsc::Sender<Input>,
     link: watch::Sender<Link>,
     outgoing: Option<mpsc::Sender<ToCoordinator>>,
@@ -231,7 +231,7 @@ fn assemble(
         devices: found.devices,
         own_key: identity.facts.spki_sha256,
         epoch: now(),
-        listen_port: endpoint.local_addr().map_err(prepare("the UDP port"))?.port(),
+        bound: endpoint.local_addr().map_err(prepare("the UDP port"))?,
         inputs,
         link,
         outgoing: None,
@@ -320,8 +320,8 @@ impl Loop {
             devices: self.devices.clone(),
             models: self.models.present(),
             held: self.agent.held(),
-            peer_port: self.listen_port,
-            addresses: own_addresses(),
+            peer_port: self.bound.port(),
+            addresses: own_addresses(self.bound.ip()),
         }
     }
 
@@ -516,9 +516,12 @@ async fn hand_over(
     linked.await.map_err(|error| disk(error.to_string()))?.map_err(|error| disk(error.to_string()))
 }
 
-/// Addresses by which others may reach this box, beside the one that the coordinator sees. Only the one that the system
-/// would use to reach the outside: interfaces are not listed.
-fn own_addresses() -> Vec<String> {
+/// Addresses by which others may reach this box, beside the one that the coordinator sees: the one that the socket is bound
+/// to, or else the one from which the system would send to the outside. Interfaces are not listed.
+fn own_addresses(bound: IpAddr) -> Vec<String> {
+    if !bound.is_unspecified() {
+        return vec![bound.to_string()];
+    }
     // Connecting a UDP socket sends nothing; it only asks the system which way it would go. The address is documentation's.
     let outward = || -> io::Result<SocketAddr> {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;

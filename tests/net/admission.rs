@@ -9,7 +9,7 @@ use protocol::quic::settings::provider;
 use protocol::quic::{Credentials, explain};
 use quinn::ConnectionError;
 
-use crate::support::{CLUSTER, Cluster, DECRYPT_ERROR, UNKNOWN_CA, closed, code, credentials, dialler};
+use crate::support::{CLUSTER, Cluster, DECRYPT_ERROR, Log, UNKNOWN_CA, closed, code, credentials, dialler};
 
 /// A configuration that believes the cluster and shows no certificate, on any conversation.
 fn nameless(cluster: &Cluster, alpn: &[u8]) -> quinn::ClientConfig {
@@ -26,18 +26,19 @@ fn nameless(cluster: &Cluster, alpn: &[u8]) -> quinn::ClientConfig {
 
 #[tokio::test]
 async fn without_a_certificate_control_is_closed_with_role() {
-    let cluster = Cluster::start();
+    let (cluster, log) = (Cluster::start(), Log::capture());
     let name = cluster.authority.server_name();
     let config = nameless(&cluster, ALPN_CONTROL);
     let connection = dialler().connect_with(config, cluster.address, &name).unwrap().await.unwrap();
     let (got, reason) = closed(&connection).await;
     assert_eq!(got, code(close::ROLE));
     assert_eq!(reason, "no certificate was shown; a box gets one with `bonepile-worker join TOKEN`");
+    log.says(&format!("refused a connection: {reason}")).await;
 }
 
 #[tokio::test]
 async fn with_another_authoritys_certificate_tls_refuses() {
-    let cluster = Cluster::start();
+    let (cluster, log) = (Cluster::start(), Log::capture());
     for (name, expected) in [("home", UNKNOWN_CA), (CLUSTER, DECRYPT_ERROR)] {
         let directory = tempfile::tempdir().unwrap();
         let other = Authority::create(directory.path(), name, &[], SystemTime::now()).unwrap();
@@ -49,6 +50,7 @@ async fn with_another_authoritys_certificate_tls_refuses() {
         let (text, hint) = explain(&error);
         assert!(text.starts_with("the other side does not believe the certificate"), "{text}");
         assert!(hint.unwrap().contains("join this cluster"));
+        log.says("refused a connection: this side does not believe the certificate").await;
     }
 }
 
@@ -62,17 +64,18 @@ async fn ended(cluster: &Cluster, credentials: &Credentials) -> ConnectionError 
 
 #[tokio::test]
 async fn a_certificate_past_its_end_is_refused() {
-    let cluster = Cluster::start();
+    let (cluster, log) = (Cluster::start(), Log::capture());
     let long_ago = SystemTime::now() - Duration::from_secs(8 * 24 * 3600);
     let error = ended(&cluster, &cluster.credentials_at(1, long_ago)).await;
     let (text, hint) = explain(&error);
     assert!(text.starts_with("the other side finds a certificate outside its time"), "{text}");
     assert!(hint.unwrap().contains("clocks"));
+    log.says("refused a connection: this side finds a certificate outside its time").await;
 }
 
 #[tokio::test]
 async fn a_revoked_worker_is_closed_with_revoked_every_time() {
-    let cluster = Cluster::start();
+    let (cluster, log) = (Cluster::start(), Log::capture());
     let credentials = cluster.credentials(3);
     cluster.script.lock().unwrap().denied.insert(WorkerId(3), close::REVOKED);
     // More than once: a resumed TLS session would not show its certificate again.
@@ -82,6 +85,7 @@ async fn a_revoked_worker_is_closed_with_revoked_every_time() {
         assert_eq!(got, code(close::REVOKED));
         assert_eq!(reason, "bonepile://lab/worker/w3?role=worker may not connect: certificate revoked");
     }
+    log.says("refused a connection: bonepile://lab/worker/w3?role=worker may not connect").await;
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use protocol::quic::{
 };
 use rcgen::{CertificateParams, KeyPair, PKCS_ED25519};
 
-use crate::support::{Cluster, closed, code, dialler};
+use crate::support::{Cluster, Log, closed, code, dialler};
 
 fn key_and_csr() -> (KeyPair, Vec<u8>) {
     let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
@@ -60,12 +60,14 @@ async fn a_box_joins_and_its_certificate_opens_the_control_conversation() {
 
 #[tokio::test]
 async fn tokens_that_do_not_count_are_refused_each_in_its_own_words() {
-    let cluster = Cluster::start();
+    let (cluster, log) = (Cluster::start(), Log::capture());
     for (id, state, expected) in
         [(1, TokenState::Expired, refusal::TOKEN_EXPIRED), (2, TokenState::Revoked, refusal::TOKEN_REVOKED)]
     {
         let (refusal, text, _) = refused(try_join(&cluster.token(id, state)).await);
         assert_eq!(refusal, expected, "{text}");
+        log.says(&format!("token=t{id} hostname=\"box\"")).await;
+        log.says(&format!("refused a box that wants to join: {text}")).await;
     }
     let mut unknown = cluster.token(3, TokenState::Open);
     unknown.token = TokenId(9);
@@ -74,6 +76,7 @@ async fn tokens_that_do_not_count_are_refused_each_in_its_own_words() {
         (refusal, text.as_str()),
         (refusal::TOKEN_UNKNOWN, "token t9 is not known here, or its secret is wrong")
     );
+    log.says("refused a box that wants to join: token t9 is not known here").await;
     let mut wrong = cluster.token(4, TokenState::Open);
     wrong.secret = Secret([0; 32]);
     assert_eq!(refused(try_join(&wrong).await).0, refusal::TOKEN_UNKNOWN);
@@ -82,13 +85,14 @@ async fn tokens_that_do_not_count_are_refused_each_in_its_own_words() {
 
 #[tokio::test]
 async fn five_wrong_secrets_burn_a_token() {
-    let cluster = Cluster::start();
+    let (cluster, log) = (Cluster::start(), Log::capture());
     let right = cluster.token(1, TokenState::Open);
     let wrong = JoinToken { secret: Secret([0; 32]), ..right.clone() };
     for _ in 0..5 {
         assert_eq!(refused(try_join(&wrong).await).0, refusal::TOKEN_UNKNOWN);
     }
     assert_eq!(refused(try_join(&right).await).0, refusal::TOKEN_REVOKED);
+    log.says("a token was guessed at too often and is revoked").await;
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use protocol::control::{
 use protocol::ids::{ArtifactHash, AttemptId, Fence, Role, RunId, ShardId, WorkerId};
 use protocol::quic::{FrameReader, Received, write_frame};
 
-use crate::support::{Cluster, Worker, closed, code, hello, name};
+use crate::support::{Cluster, Log, Worker, closed, code, hello, name};
 
 fn attempt() -> AttemptId {
     AttemptId { shard: ShardId { run: RunId(1), index: 0 }, fence: Fence(1) }
@@ -36,7 +36,7 @@ async fn messages_flow_both_ways() {
 
 #[tokio::test]
 async fn garbage_closes_its_own_connection_only() {
-    let cluster = Cluster::start();
+    let (cluster, log) = (Cluster::start(), Log::capture());
     let mut good = cluster.worker(1).await;
     let far_too_long = [0xff, 0xff, 0xff, 0x7f, 2, 1, 1, 0].to_vec();
     let undecodable = [4, 0, 0, 0, 2, 1, 1, 0, 0xff, 0xff, 0xff, 0xff].to_vec();
@@ -62,6 +62,8 @@ async fn garbage_closes_its_own_connection_only() {
         beats(&mut good, 1).await;
     }
     assert!(good.connection.close_reason().is_none());
+    log.says("frame of 2147483647 bytes is over the limit of 1048576 worker=w2").await;
+    log.says("closed a worker's connection: a message that has no place on the control stream").await;
 }
 
 #[tokio::test]

@@ -128,6 +128,53 @@ impl Worker {
     }
 }
 
+/// What the coordinator logs while this lives. Tests run on one thread each, and so does what they log.
+pub(crate) struct Log {
+    text: Arc<Mutex<Vec<u8>>>,
+    _guard: tracing::subscriber::DefaultGuard,
+}
+
+#[derive(Clone)]
+struct Pen(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Pen {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Log {
+    pub(crate) fn capture() -> Self {
+        let text = Arc::new(Mutex::new(Vec::new()));
+        let pen = Pen(Arc::clone(&text));
+        let subscriber = tracing_subscriber::fmt()
+            .with_env_filter("coordinator=info")
+            .with_ansi(false)
+            .without_time()
+            .with_target(false)
+            .with_writer(move || pen.clone())
+            .finish();
+        Self { text, _guard: tracing::subscriber::set_default(subscriber) }
+    }
+
+    /// Waits for a line that contains `part`.
+    pub(crate) async fn says(&self, part: &str) {
+        let said = async {
+            while !String::from_utf8_lossy(&self.text.lock().unwrap()).contains(part) {
+                tokio::task::yield_now().await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, said).await.is_err() {
+            panic!("`{part}` was not logged:\n{}", String::from_utf8_lossy(&self.text.lock().unwrap()));
+        }
+    }
+}
+
 pub(crate) fn credentials(authority: &Authority, worker: u64, now: SystemTime) -> Credentials {
     let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
     let csr = CertificateParams::default().serialize_request(&key).unwrap();

@@ -165,7 +165,20 @@ fn to_coordinator() -> Vec<ToCoordinator> {
 }
 
 fn transfer() -> ShardSpec {
-    let conditions = Condition::DEFAULT.into_iter().chain([Condition::KeysOnly, Condition::ValuesOnly]).collect();
+    // In the order of their numbers on the wire: one put in the middle would shift those behind it.
+    let conditions = vec![
+        Condition::Text,
+        Condition::NoContext,
+        Condition::Injected,
+        Condition::Shifted(128),
+        Condition::Rerotated(1024),
+        Condition::MatchedNoise,
+        Condition::OtherSubject,
+        Condition::Naive,
+        Condition::KeysOnly,
+        Condition::ValuesOnly,
+        Condition::NaiveText,
+    ];
     ShardSpec::Transfer(TransferSpec {
         model: "smollm2-135m-instruct".into(),
         first_fact: 8,

@@ -123,7 +123,8 @@ async fn work_goes_on_while_the_coordinator_is_dead_and_is_handed_in_to_the_next
     let mut session = hub.session().await;
     let away = begun.elapsed();
     eprintln!("the agent was back {away:?} after the coordinator");
-    assert!(away < Duration::from_secs(6), "{away:?}");
+    // Two seconds as a rule; the bound is for a machine that has other things to do.
+    assert!(away < Duration::from_secs(10), "{away:?}");
     assert_eq!(epoch(&session), first_epoch, "the same process");
     assert_eq!(session.hello.held[0].attempt, attempt(1));
     assert_eq!(session.hear(finished).await.attempt, attempt(1));

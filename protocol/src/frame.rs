@@ -83,7 +83,7 @@ impl Header {
     }
 }
 
-/// A conversation's messages in one direction: an enum whose every variant has a number. Implemented by [`messages!`].
+/// A conversation's messages in one direction: an enum whose every variant has a number. Implemented by `messages!`.
 pub trait Messages: Sized {
     /// Longest body, bytes.
     const BYTES_MAX: usize;

@@ -3,8 +3,8 @@
 //! Every peer passes [`protocol::quic::admit`] before anything it says is read. Decides nothing about work: sessions hand
 //! what workers say to the driver and write what the driver says.
 //!
-//! Layout: [`join`] gives certificates to boxes with a token, [`session`] carries a worker's control stream, [`upload`]
-//! takes artifacts of workers without the store's mount, [`rate`] bounds guessing.
+//! Layout: `join` gives certificates to boxes with a token, `session` carries a worker's control stream, `upload`
+//! takes artifacts of workers without the store's mount, `rate` bounds guessing.
 
 mod join;
 mod rate;

@@ -140,5 +140,5 @@ fn a_full_disk_under_the_store_loses_nothing() {
 
 #[test]
 fn a_read_only_store_loses_nothing() {
-    finishes_after_the_store_is_mended(|disk, _| disk.remount("ro"), |disk, _| disk.remount("rw"), "read-only");
+    finishes_after_the_store_is_mended(|disk, _| disk.remount("ro"), |disk, _| disk.remount("rw"), "Read-only");
 }

@@ -4,7 +4,7 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help build demo test lint deny models bench
+.PHONY: help build demo test lint deny bench
 
 help:
 	@echo "make demo   build, bring two models, run a whole cluster on this machine, write a report"
@@ -37,13 +37,11 @@ deny:
 		echo "skipped: cargo-deny is not installed, so licences and sources of dependencies are not checked"; \
 	fi
 
-# Tests never download: the models that some of them need are brought here.
-models:
-	$(CARGO) run --quiet --locked -p coordinator --bin bonepile -- models pull --all
-
-# The end-to-end tests start the programs themselves, so those are built first.
-test: lint models
+# Everything is built with the workspace's features, so that nothing is built twice; the end-to-end tests start the programs
+# themselves, and the models that some tests need are brought by the one built here: tests never download.
+test: lint
 	$(CARGO) build --workspace --bins --locked
+	$(TARGET)/debug/bonepile models pull --all
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		echo $(CARGO) nextest run --workspace --locked; \
 		$(CARGO) nextest run --workspace --locked; \

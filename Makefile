@@ -4,7 +4,7 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help build demo test lint deny bench
+.PHONY: help build demo test lint deny bench bench-model
 
 help:
 	@echo "make demo   build, bring two models, run a whole cluster on this machine, write a report"
@@ -50,3 +50,10 @@ test: lint
 		$(CARGO) test --workspace --lib --bins --tests --locked; \
 	fi
 	$(CARGO) test --workspace --doc --locked
+
+# Speed and memory of the models beside llama.cpp, which comes from a package the first time.
+bench: bench-model
+
+bench-model:
+	$(CARGO) build --release --locked -p worker --bin bonepile-executor --no-default-features --features executor
+	python3 tests/bench/model.py $(RELEASE)/bonepile-executor

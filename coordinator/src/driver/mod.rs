@@ -5,7 +5,7 @@
 //! nothing is accepted and nobody is told that something was: the scheduler's value, which is ahead of the journal, is
 //! dropped, every session ends, and a new one is replayed once the disk takes writes again.
 //!
-//! Layout: [`handle`] is what others hold; `turn.rs` maps commands to inputs; `view.rs` words the state for the API;
+//! Layout: `handle.rs` is what others hold; `turn.rs` maps commands to inputs; `view.rs` words the state for the API;
 //! `manifests.rs` writes manifests behind the loop's back.
 
 mod handle;

@@ -1,6 +1,6 @@
 //! From the results of a run to the rows of tables and plots.
 //!
-//! Does not know how rows are shown: [`super::page`] and the command line do.
+//! Does not know how rows are shown: `page.rs` and the command line do.
 
 use std::collections::BTreeMap;
 

@@ -1,6 +1,6 @@
 //! What the scheduler decided, as past participles: the journal's content and the only way the state changes.
 //!
-//! Events are facts and are applied as they stand: nothing is decided here or in [`super::apply`]. `docs/journal.md` has the
+//! Events are facts and are applied as they stand: nothing is decided here or in `apply.rs`. `docs/journal.md` has the
 //! table. Additive: a variant is never renamed; a new field has a `#[serde(default)]`.
 
 use protocol::control::{Failure, Output, Usage};

@@ -171,9 +171,9 @@ mod tests {
             id: DeviceId(id.to_owned()),
             model: model.to_owned(),
             compute_capability: id.starts_with("GPU").then(|| "6.1".to_owned()),
-            memory_total_bytes: 8 << 30,
-            memory_budget_bytes: 7 << 30,
-            memory_reserved_bytes: 1 << 30,
+            memory_total_bytes: 8_000_000_000,
+            memory_budget_bytes: 7_000_000_000,
+            memory_reserved_bytes: 1_000_000_000,
             memory_free_bytes: None,
             utilisation_percent: None,
             temperature_celsius: None,
@@ -209,10 +209,10 @@ mod tests {
             worker(2, WorkerState::Lost, Vec::new(), None),
         ];
         insta::assert_snapshot!(worker_table(&rows, Style::default(), NOW), @r"
-        worker  host        state   device            model                      reserved   budget  seats  heard
-        w1      box-1 [31m  online  GPU-1f            GeForce GTX 1080 (sm 6.1)   1.0 GiB  7.0 GiB      0  1.5 s ago
-                                    cpu               Xeon                        1.0 GiB  7.0 GiB      1
-        w2      box-2 [31m  lost    no devices known                                                       never
+        worker  host        state   device            model                      reserved  budget  seats  heard
+        w1      box-1 [31m  online  GPU-1f            GeForce GTX 1080 (sm 6.1)    1.0 GB  7.0 GB      0  1.5 s ago
+                                    cpu               Xeon                         1.0 GB  7.0 GB      1
+        w2      box-2 [31m  lost    no devices known                                                      never
         w1/GPU-1f is not used: no executor build for sm 6.1
         ");
     }

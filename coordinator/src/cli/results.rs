@@ -254,7 +254,7 @@ mod tests {
         gemma-3-270m           sliding     15     412    30720    30720       0          0  28.12  6.03   17.00   17.00    0.70
         gemma-3-270m           full         3     412     6144     6144       0          0  32.76  7.02   15.67   15.67    0.87
 
-        transfer smollm2-135m-instruct: 16 facts, 8 candidates, 16 caches sent (18.9 MiB), 2 of 2 shards across workers
+        transfer smollm2-135m-instruct: 16 facts, 8 candidates, 16 caches sent (19.8 MB), 2 of 2 shards across workers
         condition       exact  95 %       choice  95 %       KL nats  95 %              max |dlogit|  stalled
         text            16/16  81..100 %   16/16  81..100 %        0  0..0                         0        0
         no-context       2/16  3..36 %      2/16  3..36 %       3.58  3.44..3.71               11.00        0

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use protocol::time::{Human, UnixMillis};
 
-/// `512 B`, `1.5 MiB`, `2.0 GiB`.
+/// `512 B`, `1.5 MB`, `2.0 GB`, in powers of 1000 as everywhere in bonepile.
 pub fn bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
     let mut value = bytes as f64;
     let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
         unit += 1;
     }
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
@@ -57,7 +57,7 @@ mod tests {
 
     #[test]
     fn figures_read_as_people_write_them() {
-        assert_eq!([bytes(0), bytes(1023), bytes(1536), bytes(3 << 30)], ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]);
+        assert_eq!([bytes(0), bytes(999), bytes(1536), bytes(3_000_000_000)], ["0 B", "999 B", "1.5 kB", "3.0 GB"]);
         assert_eq!(moment(UnixMillis(0)), "1970-01-01 00:00:00 UTC");
         assert_eq!(moment(UnixMillis(951_827_696_000)), "2000-02-29 12:34:56 UTC");
         assert_eq!(moment(UnixMillis(1_798_761_599_999)), "2026-12-31 23:59:59 UTC");

@@ -3,6 +3,7 @@
 //! - `reference`: the two real models against independently computed numbers; skipped where the files are absent.
 //! - `stored`: weights as stored against the f32 path, on both real models.
 //! - `families`: every family on tiny random models written by `tiny`: prefill, caches, moves, packets.
+//! - `checkpoints`: tiny models written by `transformers`, directories and GGUF; directories that lie or are cut.
 //! - `damage`: files that lie, are cut or are garbage.
 //! - `text`: tokenizers and chat templates.
 //! - `experiments`: the procedures, on tiny models and on the real ones.
@@ -13,6 +14,7 @@
     reason = "tests panic, and say on stderr what they skip and measure"
 )]
 
+mod checkpoints;
 mod damage;
 mod experiments;
 mod families;

@@ -66,6 +66,7 @@ fn model_kind(error: &ModelError) -> FailureKind {
         }
         ModelError::CorruptModel { .. }
         | ModelError::Gguf { .. }
+        | ModelError::Checkpoint { .. }
         | ModelError::Io { .. }
         | ModelError::NotFinite { .. }
         | ModelError::MissingTensor { .. }

@@ -1,7 +1,8 @@
 //! A model's sizes and per-layer settings, read from GGUF metadata.
 //!
 //! Follows the file: what it does not say is taken from the family or is an error, and a setting that we do not compute
-//! is an error too, never ignored. Does not look at tensors except `rope_freqs.weight`, which `weights` hands in.
+//! is an error too, never ignored. Does not look at tensors except `rope_freqs.weight`, which `weights` hands in. Settings
+//! in Hugging Face's layout are read in `hf`.
 
 use std::fmt::Display;
 
@@ -11,9 +12,9 @@ use super::gguf::{GgufError, Metadata, Value};
 use super::rope::{Rope, RopeScaling};
 
 /// No published model of these families comes near; garbage does.
-const LAYERS_MAX: usize = 1024;
+pub(super) const LAYERS_MAX: usize = 1024;
 /// The same for one head.
-const HEAD_DIM_MAX: usize = 1024;
+pub(super) const HEAD_DIM_MAX: usize = 1024;
 
 /// The sizes and settings of a model. Letters as in shapes: H heads, H_kv key-value heads, D head dimension.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,11 +64,7 @@ impl ModelConfig {
     /// # Errors
     /// Names the key and value that is missing, wrong, or not computed here.
     pub fn from_metadata(metadata: &Metadata, rope_divisors: Option<Vec<f32>>) -> Result<Self, ConfigError> {
-        let architecture = metadata.required("general.architecture", metadata.text("general.architecture")?)?;
-        let Some(family) = family(architecture) else {
-            let known = FAMILIES.map(|family| family.architecture).join(", ");
-            return Err(ModelError::UnknownArchitecture { name: architecture.to_owned(), known }.into());
-        };
+        let family = family_of(metadata)?;
         let keys = Keys { metadata, prefix: family.architecture };
         keys.refuse_unknown()?;
         let layer_count = keys.size("block_count", LAYERS_MAX)?;
@@ -100,6 +97,18 @@ impl ModelConfig {
     pub fn kv_bytes_per_token(&self) -> usize {
         2 * self.layers.len() * self.kv_heads * self.head_dim * size_of::<f32>()
     }
+}
+
+/// The family that a file says it is.
+///
+/// # Errors
+/// [`ModelError::UnknownArchitecture`], or the key is missing.
+pub fn family_of(metadata: &Metadata) -> Result<Family, ConfigError> {
+    let architecture = metadata.required("general.architecture", metadata.text("general.architecture")?)?;
+    family(architecture).ok_or_else(|| {
+        let known = FAMILIES.map(|family| family.architecture).join(", ");
+        ModelError::UnknownArchitecture { name: architecture.to_owned(), known }.into()
+    })
 }
 
 /// Settings could not be read: either the container or the model is at fault.

@@ -16,6 +16,7 @@ use super::config::{LayerConfig, ModelConfig};
 use super::context::{Context, LayerBuffers};
 use super::family::Activation;
 use super::linear::Linear;
+use super::names::Part;
 use super::table::RowTable;
 use super::weights::{WeightError, Weights};
 
@@ -290,51 +291,45 @@ fn mask(window: Option<usize>, before: &[i64], new: &[i64]) -> Result<Option<Ten
 }
 
 impl Decoder {
-    /// Takes the weights of `config`'s family out of `weights`.
-    pub(crate) fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> std::result::Result<Self, WeightError> {
+    /// Takes the weights of `config`'s family out of `weights`, which must hold no others.
+    pub(crate) fn load(config: &ModelConfig, mut weights: Weights<'_>) -> std::result::Result<Self, WeightError> {
         let epsilon = config.epsilon;
         let blocks = (0..config.layers.len())
-            .map(|layer| Block::load(config, weights, layer))
+            .map(|layer| Block::load(config, &mut weights, layer))
             .collect::<std::result::Result<_, _>>()?;
-        let head =
-            if weights.has("output.weight") { Some(weights.table("output.weight", config.hidden)?) } else { None };
-        Ok(Self {
-            embedding: weights.table("token_embd.weight", config.hidden)?,
+        let decoder = Self {
+            embedding: weights.embedding(config.hidden)?,
             blocks,
-            norm: Norm { weight: weights.norm("output_norm.weight", config.hidden)?, epsilon },
-            head,
+            norm: Norm { weight: weights.norm(Part::OutputNorm, config.hidden)?, epsilon },
+            head: weights.head(config.hidden)?,
             embedding_scale: f64::from(config.embedding_scale),
-        })
+        };
+        weights.finish()?;
+        Ok(decoder)
     }
 }
 
 impl Block {
     fn load(config: &ModelConfig, weights: &mut Weights<'_>, layer: usize) -> std::result::Result<Self, WeightError> {
         let (family, hidden, epsilon) = (config.family, config.hidden, config.epsilon);
-        let mut norm = |name: &str, wanted: bool, size: usize| -> std::result::Result<Option<Norm>, WeightError> {
-            let name = format!("blk.{layer}.{name}.weight");
-            if !wanted {
-                return Ok(None);
-            }
-            Ok(Some(Norm { weight: weights.norm(&name, size)?, epsilon }))
+        let mut norm = |part, size: usize| -> std::result::Result<Norm, WeightError> {
+            Ok(Norm { weight: weights.norm(part, size)?, epsilon })
         };
-        let attention_norm = norm("attn_norm", true, hidden)?.expect("wanted");
-        let mlp_norm = norm("ffn_norm", true, hidden)?.expect("wanted");
-        let post_attention_norm = norm("post_attention_norm", family.post_norms, hidden)?;
-        let post_mlp_norm = norm("post_ffw_norm", family.post_norms, hidden)?;
-        let q_norm = norm("attn_q_norm", family.qk_norm, config.head_dim)?;
-        let k_norm = norm("attn_k_norm", family.qk_norm, config.head_dim)?;
+        let attention_norm = norm(Part::AttentionNorm(layer), hidden)?;
+        let mlp_norm = norm(Part::MlpNorm(layer), hidden)?;
+        let mut optional = |part, wanted: bool, size| if wanted { norm(part, size).map(Some) } else { Ok(None) };
+        let post_attention_norm = optional(Part::PostAttentionNorm(layer), family.post_norms, hidden)?;
+        let post_mlp_norm = optional(Part::PostMlpNorm(layer), family.post_norms, hidden)?;
+        let q_norm = optional(Part::QueryNorm(layer), family.qk_norm, config.head_dim)?;
+        let k_norm = optional(Part::KeyNorm(layer), family.qk_norm, config.head_dim)?;
 
         let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let permuted = family.permuted.then_some(config.head_dim);
-        let bias = family.qkv_bias;
-        let mut linear =
-            |name: &str, shape, bias, permuted| weights.linear(&format!("blk.{layer}.{name}"), shape, bias, permuted);
+        let (bias, rotated) = (family.qkv_bias, Some(config.head_dim));
         let attention = Attention {
-            q: linear("attn_q", [q_width, hidden], bias, permuted)?,
-            k: linear("attn_k", [kv_width, hidden], bias, permuted)?,
-            v: linear("attn_v", [kv_width, hidden], bias, None)?,
-            output: linear("attn_output", [hidden, q_width], false, None)?,
+            q: weights.linear(Part::Query(layer), [q_width, hidden], bias, rotated)?,
+            k: weights.linear(Part::Key(layer), [kv_width, hidden], bias, rotated)?,
+            v: weights.linear(Part::Value(layer), [kv_width, hidden], bias, None)?,
+            output: weights.linear(Part::AttentionOutput(layer), [hidden, q_width], false, None)?,
             q_norm,
             k_norm,
             heads: config.heads,
@@ -343,9 +338,9 @@ impl Block {
             scale: f64::from(config.attention_scale),
         };
         let mlp = Mlp {
-            gate: linear("ffn_gate", [config.mlp, hidden], false, None)?,
-            up: linear("ffn_up", [config.mlp, hidden], false, None)?,
-            down: linear("ffn_down", [hidden, config.mlp], false, None)?,
+            gate: weights.linear(Part::Gate(layer), [config.mlp, hidden], false, None)?,
+            up: weights.linear(Part::Up(layer), [config.mlp, hidden], false, None)?,
+            down: weights.linear(Part::Down(layer), [hidden, config.mlp], false, None)?,
             activation: family.activation,
         };
         Ok(Self { attention_norm, attention, post_attention_norm, mlp_norm, mlp, post_mlp_norm })

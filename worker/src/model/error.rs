@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::gguf::GgufError;
+use super::hf::CheckpointError;
 use super::quant::QuantError;
 
 /// A model could not be loaded or run. Fragments follow "failed to load" or "failed to run".
@@ -16,6 +17,15 @@ pub enum ModelError {
         /// What is wrong in it.
         #[source]
         source: GgufError,
+    },
+    /// A file of a model's directory does not hold what it should.
+    #[error("{}", path.display())]
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong in it.
+        #[source]
+        source: CheckpointError,
     },
     /// The file could not be read.
     #[error("read {}", path.display())]
@@ -36,8 +46,8 @@ pub enum ModelError {
         /// The fingerprint of the file as it is.
         got: String,
     },
-    /// A matrix is encoded in a way that only activations are.
-    #[error("tensor {name} is stored as {dtype}, which is not a type of weights")]
+    /// A tensor is encoded in a way that weights are not.
+    #[error("tensor {name} is stored as {dtype}, which is not a type of weights that we read")]
     StoredType {
         /// Its name.
         name: String,
@@ -56,13 +66,13 @@ pub enum ModelError {
     /// No family of that name.
     #[error("unknown architecture {name}; known are {known}")]
     UnknownArchitecture {
-        /// `general.architecture`.
+        /// `general.architecture` of a GGUF file, `model_type` of a directory.
         name: String,
         /// The ones we know.
         known: String,
     },
     /// A metadata value that cannot be right, or asks for something we do not compute.
-    #[error("metadata key {key} is {value}: {why}")]
+    #[error("key {key} is {value}: {why}")]
     Unsupported {
         /// Its full name.
         key: String,
@@ -72,7 +82,7 @@ pub enum ModelError {
         why: &'static str,
     },
     /// A key below the architecture's name that we do not know: it may change the result.
-    #[error("metadata key {key} is not known here and may change what the model computes")]
+    #[error("key {key} is not known here and may change what the model computes")]
     UnknownKey {
         /// Its full name.
         key: String,

@@ -17,8 +17,10 @@ pub enum Activation {
 pub struct Family {
     /// `general.architecture`, and the prefix of its keys.
     pub architecture: &'static str,
-    /// Rows of q and k are stored for rotation of adjacent pairs (2i, 2i + 1) and must be put back to halves at load.
+    /// GGUF files store rows of q and k for rotation of adjacent pairs (2i, 2i + 1); put back to halves at load.
     pub permuted: bool,
+    /// What files in Hugging Face's layout leave out of the factors of their norms.
+    pub norm_offset: f32,
     /// q, k and v projections have a bias.
     pub qkv_bias: bool,
     /// q and k are RMS-normed over the head dimension before RoPE.
@@ -43,6 +45,7 @@ pub const FAMILIES: [Family; 4] =
 const LLAMA: Family = Family {
     architecture: "llama",
     permuted: true,
+    norm_offset: 0.0,
     qkv_bias: false,
     qk_norm: false,
     post_norms: false,
@@ -57,6 +60,7 @@ const QWEN3: Family = Family { architecture: "qwen3", permuted: false, qk_norm: 
 const GEMMA3: Family = Family {
     architecture: "gemma3",
     permuted: false,
+    norm_offset: 1.0,
     qk_norm: true,
     post_norms: true,
     activation: Activation::GeluTanh,

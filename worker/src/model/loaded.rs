@@ -7,13 +7,16 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use super::config::{ConfigError, ModelConfig};
+use super::config::{ConfigError, ModelConfig, family_of};
 use super::context::{Context, LayerBuffers};
 use super::decoder::{Decoder, Logits, Observer};
 use super::error::ModelError;
 use super::gguf::{Gguf, GgufError};
+use super::hf::Checkpoint;
+use super::hf::config::Settings;
+use super::names::Part;
 use super::tokenizer::{BuildError, Tokenizer};
-use super::weights::{Precision, WeightError, Weights};
+use super::weights::{Precision, Source, WeightError, Weights};
 use crate::cache::{CacheLayout, KvCache, LayerKv};
 
 /// Tokens that one pass takes at most; longer texts run in pieces, which bounds attention scores to this times S.
@@ -39,9 +42,9 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a GGUF file. With [`Precision::F32`] weights become f32, except embedding and head, which stay as stored and
-    /// are dequantised where they are used: SmolLM2-135M takes about 0.45 GB, Gemma 3 270M about 0.6 GB. With
-    /// [`Precision::Stored`] everything takes what it takes in the file.
+    /// Loads a GGUF file, or a directory in Hugging Face's layout. With [`Precision::F32`] weights become f32, except
+    /// embedding and head, which stay as stored and are dequantised where they are used: SmolLM2-135M takes about 0.45 GB,
+    /// Gemma 3 270M about 0.6 GB. With [`Precision::Stored`] everything takes what it takes in the file.
     ///
     /// # Errors
     /// [`ModelError::CorruptModel`] for another file than expected; otherwise what is wrong with the file, by name.
@@ -51,41 +54,72 @@ impl Model {
             let (path, expected) = (path.to_path_buf(), expected.clone());
             return Err(ModelError::CorruptModel { path, expected, got: fingerprint });
         }
+        let (config, decoder, tokenizer) = if path.is_dir() {
+            Self::load_directory(path, options.precision)?
+        } else {
+            Self::load_gguf(path, options.precision)?
+        };
+        let layout = Arc::new(CacheLayout::new(&config, fingerprint));
+        Ok(Self { path: path.to_path_buf(), config, tokenizer, decoder, layout })
+    }
+
+    fn load_gguf(path: &Path, precision: Precision) -> Result<(ModelConfig, Decoder, Tokenizer), ModelError> {
         let in_file = |source: GgufError| ModelError::Gguf { path: path.to_path_buf(), source };
-        let gguf = Gguf::open(path).map_err(in_file)?;
-        let mut weights = Weights::new(&gguf, options.precision);
+        let wrong = |error: ConfigError| match error {
+            ConfigError::Gguf(source) => in_file(source),
+            ConfigError::Model(error) => error,
+        };
         let taken = |error: WeightError| match error {
             WeightError::Gguf(source) => in_file(source),
             WeightError::Model(error) => error,
             WeightError::Tensor(error) => error.into(),
         };
-        let divisors = "rope_freqs.weight";
-        let divisors = weights.has(divisors).then(|| weights.vector(divisors, None)).transpose().map_err(taken)?;
-        let config = ModelConfig::from_metadata(&gguf.metadata, divisors).map_err(|error| match error {
-            ConfigError::Gguf(source) => in_file(source),
-            ConfigError::Model(error) => error,
-        })?;
-        let decoder = Decoder::load(&config, &mut weights).map_err(taken)?;
-        weights.finish().map_err(taken)?;
+        let gguf = Gguf::open(path).map_err(in_file)?;
+        let family = family_of(&gguf.metadata).map_err(wrong)?;
+        let mut weights = Weights::new(Source::Gguf(&gguf), family, precision);
+        let divisors = weights.rope_divisors().map_err(taken)?;
+        let config = ModelConfig::from_metadata(&gguf.metadata, divisors).map_err(wrong)?;
+        let name = weights.name(Part::Embedding, "weight");
+        let decoder = Decoder::load(&config, weights).map_err(taken)?;
         let tokenizer = Tokenizer::from_metadata(&gguf.metadata).map_err(|error| match error {
             BuildError::Gguf(source) => in_file(source),
             BuildError::Model(error) => error,
         })?;
         if tokenizer.size() != decoder.vocabulary() {
-            let name = "token_embd.weight".to_owned();
             let (expected, got) = (vec![tokenizer.size(), config.hidden], vec![decoder.vocabulary(), config.hidden]);
             return Err(ModelError::TensorShape { name, expected, got });
         }
-        let layout = Arc::new(CacheLayout::new(&config, fingerprint));
-        Ok(Self { path: path.to_path_buf(), config, tokenizer, decoder, layout })
+        Ok((config, decoder, tokenizer))
     }
 
-    /// The file it came from.
+    fn load_directory(path: &Path, precision: Precision) -> Result<(ModelConfig, Decoder, Tokenizer), ModelError> {
+        let checkpoint = Checkpoint::open(path)?;
+        let settings = Settings::read(&checkpoint)?;
+        let tokenizer = Tokenizer::from_checkpoint(&checkpoint, &settings)?;
+        let source = Source::Checkpoint { files: &checkpoint, tied: settings.tied };
+        let weights = Weights::new(source, settings.config.family, precision);
+        let name = weights.name(Part::Embedding, "weight");
+        let decoder = Decoder::load(&settings.config, weights).map_err(|error| match error {
+            WeightError::Gguf(_) => unreachable!("no GGUF file is open"),
+            WeightError::Model(error) => error,
+            WeightError::Tensor(error) => error.into(),
+        })?;
+        // Embeddings are often padded to a round number of rows; a token without a row cannot be run.
+        let rows = if tokenizer.size() > settings.vocabulary { tokenizer.size() } else { settings.vocabulary };
+        if rows != decoder.vocabulary() {
+            let (expected, got) =
+                (vec![rows, settings.config.hidden], vec![decoder.vocabulary(), settings.config.hidden]);
+            return Err(ModelError::TensorShape { name, expected, got });
+        }
+        Ok((settings.config, decoder, tokenizer))
+    }
+
+    /// The file or directory it came from.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// `sha256:` and the digest of the file.
+    /// `sha256:` and the digest of the file, or of the directory as [`fingerprint`] computes it.
     pub fn fingerprint(&self) -> &str {
         &self.layout.fingerprint
     }
@@ -263,11 +297,16 @@ pub fn argmax(logits: &[f32]) -> u32 {
     u32::try_from(best).expect("ids are u32")
 }
 
-/// `sha256:` and the digest of a file's bytes.
+/// `sha256:` and the digest of a file's bytes; of a directory, as [`Checkpoint::fingerprint`] says.
 ///
 /// # Errors
 /// [`ModelError::Io`] if it cannot be read.
 pub fn fingerprint(path: &Path) -> Result<String, ModelError> {
+    if path.is_dir() { Checkpoint::fingerprint(path) } else { Ok(format!("sha256:{}", digest(path)?)) }
+}
+
+/// The SHA-256 of a file's bytes, in hex.
+pub(super) fn digest(path: &Path) -> Result<String, ModelError> {
     let failed = |source| ModelError::Io { path: path.to_path_buf(), source };
     let mut file = File::open(path).map_err(failed)?;
     let mut digest = ring::digest::Context::new(&ring::digest::SHA256);
@@ -279,6 +318,10 @@ pub fn fingerprint(path: &Path) -> Result<String, ModelError> {
         }
         digest.update(&block[..read]);
     }
-    let hex: String = digest.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(format!("sha256:{hex}"))
+    Ok(hex(digest.finish().as_ref()))
+}
+
+/// Bytes as lower-case hex.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

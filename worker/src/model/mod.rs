@@ -4,7 +4,8 @@
 //! weights as stored, which is faster and takes a fraction of the memory.
 //!
 //! Layout:
-//! - [`gguf`]: the file format, read without trusting it; `weights`: tensors by name, in the canonical layout.
+//! - [`gguf`], [`hf`]: the two kinds of file, read without trusting them; `names`, `weights`: what a weight is called in
+//!   each, and weights in the canonical layout.
 //! - [`family`], [`config`], [`rope`]: what tells models apart.
 //! - [`quant`], `linear`, [`table`], `decoder`: the computation; [`context`]: the state of one sequence.
 //! - [`tokenizer`], [`chat`]: text to ids and back.
@@ -17,8 +18,10 @@ mod decoder;
 pub mod error;
 pub mod family;
 pub mod gguf;
+pub mod hf;
 mod linear;
 pub mod loaded;
+mod names;
 pub mod quant;
 pub mod rope;
 pub mod table;

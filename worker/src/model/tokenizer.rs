@@ -1,4 +1,6 @@
-//! A tokenizer rebuilt from GGUF metadata, exactly or not at all.
+//! Text to ids and back; and the tokenizer rebuilt from GGUF metadata, exactly or not at all.
+//!
+//! Tokenizers of directories in Hugging Face's layout come complete and are read in `hf`.
 //!
 //! Two kinds exist in the files of our families: byte-level BPE with merges in the file (`gpt2`), told apart by how text is
 //! split before merging, and SentencePiece-like BPE whose merges are rebuilt from scores (`llama`). A kind that we do not
@@ -39,17 +41,17 @@ const SPACE_MARK: &str = "\u{2581}";
 #[derive(Debug)]
 pub struct Tokenizer {
     /// Matches special tokens in text: for the template's own words.
-    with_specials: tokenizers::Tokenizer,
+    pub(super) with_specials: tokenizers::Tokenizer,
     /// Treats their spelling as plain text.
-    plain: tokenizers::Tokenizer,
-    specials: BTreeSet<u32>,
-    special_texts: Vec<String>,
-    tokens: usize,
-    bos: Option<u32>,
-    eos: Option<u32>,
-    ends: BTreeSet<u32>,
-    add_bos: bool,
-    template: Option<String>,
+    pub(super) plain: tokenizers::Tokenizer,
+    pub(super) specials: BTreeSet<u32>,
+    pub(super) special_texts: Vec<String>,
+    pub(super) tokens: usize,
+    pub(super) bos: Option<u32>,
+    pub(super) eos: Option<u32>,
+    pub(super) ends: BTreeSet<u32>,
+    pub(super) add_bos: bool,
+    pub(super) template: Option<String>,
 }
 
 /// A tokenizer could not be built from a file's metadata.
@@ -189,7 +191,7 @@ impl Tokenizer {
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
-fn failed(error: tokenizers::Error) -> ModelError {
+pub(super) fn failed(error: tokenizers::Error) -> ModelError {
     ModelError::Tokenizer { what: error.to_string() }
 }
 

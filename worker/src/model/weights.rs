@@ -1,7 +1,8 @@
-//! Takes tensors out of a GGUF file by name, in the canonical layout, and notices the ones nobody took.
+//! Takes a model's weights out of its file, in the canonical layout, and notices the ones nobody took.
 //!
-//! Vectors come out as f32, tables of rows as stored, projections as [`Precision`] says. This is the one place that knows
-//! file formats; a loader of safetensors would offer the same methods. Does not know which names a family has.
+//! One interface, two sources: GGUF, and directories in Hugging Face's layout. Vectors come out as f32, tables of rows as
+//! stored, projections as [`Precision`] says. What the two kinds of file do differently ends here: names, the order of rows
+//! in q and k, norms that leave out their 1. Does not know which weights a family has.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -11,8 +12,11 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
 
 use super::error::ModelError;
+use super::family::Family;
 use super::gguf::{Gguf, GgufError, TensorInfo};
+use super::hf::Checkpoint;
 use super::linear::Linear;
+use super::names::{Naming, Part};
 use super::quant::{Kernel, QuantKind, QuantMatrix};
 use super::table::RowTable;
 
@@ -27,10 +31,22 @@ pub enum Precision {
     Stored,
 }
 
-/// Tensors of one open file.
+/// Where weights lie.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Source<'a> {
+    Gguf(&'a Gguf),
+    /// `tied`: the directory's settings say that the head is the embedding.
+    Checkpoint {
+        files: &'a Checkpoint,
+        tied: bool,
+    },
+}
+
+/// Weights of one open model.
 #[derive(Debug)]
 pub(crate) struct Weights<'a> {
-    gguf: &'a Gguf,
+    source: Source<'a>,
+    family: Family,
     precision: Precision,
     kernel: Kernel,
     used: BTreeSet<String>,
@@ -48,50 +64,51 @@ pub(crate) enum WeightError {
 }
 
 impl<'a> Weights<'a> {
-    pub(crate) fn new(gguf: &'a Gguf, precision: Precision) -> Self {
+    pub(crate) fn new(source: Source<'a>, family: Family, precision: Precision) -> Self {
         let kernel = match precision {
             Precision::F32 => Kernel::Exact,
             Precision::Stored => Kernel::best(),
         };
-        Self { gguf, precision, kernel, used: BTreeSet::new() }
+        Self { source, family, precision, kernel, used: BTreeSet::new() }
     }
 
-    /// True if the file holds a tensor of that name.
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.gguf.tensors.contains_key(name)
+    /// What RoPE's frequencies are divided by, `[n]`, where the file holds that.
+    pub(crate) fn rope_divisors(&mut self) -> Result<Option<Vec<f32>>, WeightError> {
+        let name = self.name(Part::RopeDivisors, "weight");
+        match self.source.tensor(&name).map(|info| info.shape.iter().product()) {
+            Some(length) => self.vector(&name, length).map(Some),
+            None => Ok(None),
+        }
     }
 
-    /// A vector `[n]`, as numbers; `n` from the file where `expected` is None.
-    pub(crate) fn vector(&mut self, name: &str, expected: Option<usize>) -> Result<Vec<f32>, WeightError> {
-        let info = self.info(name)?;
-        let length = expected.unwrap_or_else(|| info.shape.iter().product());
-        self.shape(name, info, &[length])?;
-        Ok(self.dequantise(name, info)?.to_vec1()?)
+    /// The factors of an RMS norm, `[n]`.
+    pub(crate) fn norm(&mut self, part: Part, size: usize) -> Result<Tensor, WeightError> {
+        let mut values = self.vector(&self.name(part, "weight"), size)?;
+        if let Source::Checkpoint { .. } = self.source {
+            values.iter_mut().for_each(|value| *value += self.family.norm_offset);
+        }
+        Ok(Tensor::from_vec(values, size, &Device::Cpu)?)
     }
 
-    /// A vector `[n]`, as a tensor.
-    pub(crate) fn norm(&mut self, name: &str, size: usize) -> Result<Tensor, WeightError> {
-        Ok(Tensor::from_vec(self.vector(name, Some(size))?, size, &Device::Cpu)?)
-    }
-
-    /// A projection `[outputs, inputs]` named `{name}.weight`, with `{name}.bias` if wanted.
+    /// A projection `[outputs, inputs]`, with its bias if wanted.
     ///
-    /// `permuted_head`: rows are stored for rotation of adjacent pairs in heads of that size, and are put back to halves.
+    /// `head_dim`: the projection makes rotated heads of that size; their rows come out in halves.
     pub(crate) fn linear(
         &mut self,
-        name: &str,
+        part: Part,
         [outputs, inputs]: [usize; 2],
         bias: bool,
-        permuted_head: Option<usize>,
+        head_dim: Option<usize>,
     ) -> Result<Linear, WeightError> {
-        let weight_name = format!("{name}.weight");
-        let info = self.info(&weight_name)?;
-        self.shape(&weight_name, info, &[outputs, inputs])?;
-        let order = permuted_head.map(|head_dim| halves_order(outputs, head_dim));
+        let name = self.name(part, "weight");
+        let info = self.take(&name)?;
+        check_shape(&name, &info, &[outputs, inputs])?;
+        let permuted = matches!(self.source, Source::Gguf(_)) && self.family.permuted;
+        let order = head_dim.filter(|_| permuted).map(|head_dim| halves_order(outputs, head_dim));
         let bias = match bias {
             false => None,
             true => {
-                let mut values = self.vector(&format!("{name}.bias"), Some(outputs))?;
+                let mut values = self.vector(&self.name(part, "bias"), outputs)?;
                 if let Some(order) = &order {
                     values = order.iter().map(|row| values[*row]).collect();
                 }
@@ -99,11 +116,11 @@ impl<'a> Weights<'a> {
             }
         };
         if self.precision == Precision::Stored {
-            let matrix = self.stored(&weight_name, info)?;
+            let matrix = self.stored(&name, &info)?;
             let matrix = order.map_or(matrix.clone(), |order| matrix.with_row_order(&order));
             return Ok(Linear::stored(matrix, self.kernel, bias));
         }
-        let mut weight = self.dequantise(&weight_name, info)?;
+        let mut weight = self.dequantise(&name, &info)?;
         if let Some(order) = order {
             let order: Vec<_> = order.into_iter().map(|row| row as u32).collect();
             weight = weight.index_select(&Tensor::new(order, &Device::Cpu)?, 0)?;
@@ -111,44 +128,86 @@ impl<'a> Weights<'a> {
         Ok(Linear::dense(weight, bias))
     }
 
-    /// A table `[rows, width]` that stays as stored; rows from the file.
-    pub(crate) fn table(&mut self, name: &str, width: usize) -> Result<RowTable, WeightError> {
-        let info = self.info(name)?;
-        let rows = info.shape.first().copied().unwrap_or(0);
-        self.shape(name, info, &[rows, width])?;
-        Ok(RowTable::new(self.stored(name, info)?, self.kernel))
+    /// The embedding `[vocabulary, width]`, as stored; the number of rows from the file.
+    pub(crate) fn embedding(&mut self, width: usize) -> Result<RowTable, WeightError> {
+        let name = self.name(Part::Embedding, "weight");
+        self.table(&name, width)
     }
 
-    /// Refuses a file with tensors that nothing asked for: it is not the model its metadata claims.
+    /// The output head `[vocabulary, width]`, as stored; `None` if it is the embedding.
+    pub(crate) fn head(&mut self, width: usize) -> Result<Option<RowTable>, WeightError> {
+        let name = self.name(Part::Head, "weight");
+        match (self.source, self.source.tensor(&name)) {
+            (Source::Gguf(_) | Source::Checkpoint { tied: true, .. }, None) => Ok(None),
+            (Source::Checkpoint { tied: true, .. }, Some(info)) => {
+                self.used.insert(name.clone());
+                let embedding_name = self.name(Part::Embedding, "weight");
+                let embedding = self.take(&embedding_name)?;
+                if self.bytes_of(&name, &info)? == self.bytes_of(&embedding_name, &embedding)? {
+                    return Ok(None);
+                }
+                let (key, value) = ("tie_word_embeddings".to_owned(), "true".to_owned());
+                Err(ModelError::Unsupported { key, value, why: "the file has a head that is not the embedding" }.into())
+            }
+            _ => self.table(&name, width).map(Some),
+        }
+    }
+
+    /// Refuses a file with tensors that nothing asked for: it is not the model its settings claim.
     pub(crate) fn finish(self) -> Result<(), WeightError> {
-        let mut unused = self.gguf.tensors.keys().filter(|name| !self.used.contains(*name));
+        let names: Vec<&str> = match self.source {
+            Source::Gguf(gguf) => gguf.tensors.keys().map(String::as_str).collect(),
+            Source::Checkpoint { files, .. } => files.tensors().map(|(name, _)| name).collect(),
+        };
+        let mut unused = names.into_iter().filter(|name| !self.used.contains(*name));
         match unused.next() {
             None => Ok(()),
             Some(first) => {
-                let count = 1 + unused.count();
-                Err(ModelError::UnusedTensors { count, first: first.clone() }.into())
+                let (count, first) = (1 + unused.count(), first.to_owned());
+                Err(ModelError::UnusedTensors { count, first }.into())
             }
         }
     }
 
-    fn info(&mut self, name: &str) -> Result<&'a TensorInfo, WeightError> {
-        let info = self.gguf.tensors.get(name).ok_or_else(|| ModelError::MissingTensor { name: name.to_owned() })?;
+    /// A part's tensor as the file calls it.
+    pub(crate) fn name(&self, part: Part, kind: &str) -> String {
+        let naming = match self.source {
+            Source::Gguf(_) => Naming::Gguf,
+            Source::Checkpoint { .. } => Naming::HuggingFace,
+        };
+        format!("{}.{kind}", part.name(naming, &self.family))
+    }
+
+    fn vector(&mut self, name: &str, length: usize) -> Result<Vec<f32>, WeightError> {
+        let info = self.take(name)?;
+        check_shape(name, &info, &[length])?;
+        Ok(self.dequantise(name, &info)?.to_vec1()?)
+    }
+
+    fn table(&mut self, name: &str, width: usize) -> Result<RowTable, WeightError> {
+        let info = self.take(name)?;
+        let rows = info.shape.first().copied().unwrap_or(0);
+        check_shape(name, &info, &[rows, width])?;
+        Ok(RowTable::new(self.stored(name, &info)?, self.kernel))
+    }
+
+    fn take(&mut self, name: &str) -> Result<TensorInfo, WeightError> {
+        let info = self.source.tensor(name).ok_or_else(|| ModelError::MissingTensor { name: name.to_owned() })?;
         self.used.insert(name.to_owned());
         Ok(info)
     }
 
-    fn shape(&self, name: &str, info: &TensorInfo, expected: &[usize]) -> Result<(), WeightError> {
-        if info.shape == expected {
-            return Ok(());
+    fn bytes_of(&self, name: &str, info: &TensorInfo) -> Result<Vec<u8>, WeightError> {
+        match self.source {
+            Source::Gguf(gguf) => Ok(gguf.bytes_of(info)?),
+            Source::Checkpoint { files, .. } => Ok(files.bytes_of(name)?),
         }
-        let (expected, got) = (expected.to_vec(), info.shape.clone());
-        Err(ModelError::TensorShape { name: name.to_owned(), expected, got }.into())
     }
 
     /// A matrix as it lies in the file.
     fn stored(&self, name: &str, info: &TensorInfo) -> Result<QuantMatrix, WeightError> {
         let &[rows, cols] = info.shape.as_slice() else { unreachable!("callers have checked the shape") };
-        let bytes = self.gguf.bytes_of(info)?;
+        let bytes = self.bytes_of(name, info)?;
         let range = 0..bytes.len();
         let kind = kind(info.dtype)
             .ok_or_else(|| ModelError::StoredType { name: name.to_owned(), dtype: format!("{:?}", info.dtype) })?;
@@ -158,7 +217,7 @@ impl<'a> Weights<'a> {
     }
 
     fn dequantise(&self, name: &str, info: &TensorInfo) -> Result<Tensor, WeightError> {
-        let bytes = self.gguf.bytes_of(info)?;
+        let bytes = self.bytes_of(name, info)?;
         let tensor = quantised(&bytes, info.dtype, &info.shape)?.dequantize(&Device::Cpu)?;
         // A sum is finite exactly if all terms are, short of an overflow that no model's weights come near.
         if tensor.sum_all()?.to_scalar::<f32>()?.is_finite() {
@@ -167,6 +226,23 @@ impl<'a> Weights<'a> {
             Err(ModelError::NotFinite { name: name.to_owned() }.into())
         }
     }
+}
+
+impl Source<'_> {
+    fn tensor(&self, name: &str) -> Option<TensorInfo> {
+        match self {
+            Self::Gguf(gguf) => gguf.tensors.get(name).cloned(),
+            Self::Checkpoint { files, .. } => files.tensor(name).cloned(),
+        }
+    }
+}
+
+fn check_shape(name: &str, info: &TensorInfo, expected: &[usize]) -> Result<(), WeightError> {
+    if info.shape == expected {
+        return Ok(());
+    }
+    let (expected, got) = (expected.to_vec(), info.shape.clone());
+    Err(ModelError::TensorShape { name: name.to_owned(), expected, got }.into())
 }
 
 /// Encoded values as candle holds them.

@@ -3,6 +3,7 @@
 //! - `reference`: the two real models against independently computed numbers; skipped where the files are absent.
 //! - `stored`: weights as stored against the f32 path, on both real models.
 //! - `families`: every family on tiny random models written by `tiny`: prefill, caches, moves, packets.
+//! - `bits`: packed caches on both real models; skipped where the files are absent.
 //! - `checkpoints`: tiny models written by `transformers`, directories and GGUF; directories that lie or are cut.
 //! - `damage`: files that lie, are cut or are garbage.
 //! - `text`: tokenizers and chat templates.
@@ -14,6 +15,7 @@
     reason = "tests panic, and say on stderr what they skip and measure"
 )]
 
+mod bits;
 mod checkpoints;
 mod damage;
 mod experiments;

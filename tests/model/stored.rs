@@ -15,7 +15,7 @@ fn distribution(logits: &[f32]) -> Vec<f64> {
 }
 
 /// KL(p ‖ q) in nats.
-fn kl(p: &[f32], q: &[f32]) -> f64 {
+pub(crate) fn kl(p: &[f32], q: &[f32]) -> f64 {
     let pairs = distribution(p).into_iter().zip(distribution(q));
     pairs.filter(|(p, _)| *p > 0.0).map(|(p, q)| p * (p / q.max(1e-300)).ln()).sum()
 }

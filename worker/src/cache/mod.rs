@@ -7,11 +7,15 @@
 //! - [`value`]: [`KvCache`], its parts, slices and joins; [`layout`]: what makes two caches compatible.
 //! - [`rebase`]: moving a cache to other positions.
 //! - [`packet`]: to and from a safetensors file.
+//! - [`mix`]: caches between two caches; [`packed`]: caches in few bits; [`drift`]: how far two lie apart.
 //! - [`stats`]: norms, moments, effective ranks; [`noise`]: controls that match a cache's statistics.
 
+pub mod drift;
 pub mod error;
 pub mod layout;
+pub mod mix;
 pub mod noise;
+pub mod packed;
 pub mod packet;
 pub mod rebase;
 pub mod stats;
@@ -19,5 +23,7 @@ pub mod value;
 
 pub use error::CacheError;
 pub use layout::CacheLayout;
+pub use mix::Path;
 pub use noise::Matched;
+pub use packed::{PackedCache, Packing};
 pub use value::{KvCache, LayerKv, Part};

@@ -42,6 +42,16 @@ impl KvCache {
         rotated
     }
 
+    /// The keys of one layer that is held, as they are before RoPE.
+    pub(super) fn plain_keys(&self, layer: usize) -> Vec<f32> {
+        let mut keys = self.layers[&layer].k.clone();
+        if self.rotated {
+            let back: Vec<i64> = self.positions.iter().map(|position| -position).collect();
+            self.layout.layers[layer].rope.rotate(&mut keys, &back);
+        }
+        keys
+    }
+
     /// Turns the keys of column t by `angles[t]` positions.
     fn turn(&mut self, angles: &[i64]) {
         for (index, layer) in &mut self.layers {

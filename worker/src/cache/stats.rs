@@ -33,13 +33,12 @@ impl KvCache {
             let what = "columns needed for statistics".to_owned();
             return Err(CacheError::Shape { what, expected: rank_tokens.max(1) + 1, got: self.len() });
         }
-        let plain = self.unrotated();
-        let view = |values: &[f32]| View { values: values.to_vec(), tokens: self.len(), width: self.layout.head_dim };
-        plain
-            .layers()
+        let (tokens, width) = (self.len(), self.layout.head_dim);
+        // One layer's keys are un-rotated at a time: a long cache is never held twice.
+        self.layers()
             .map(|(layer, kv)| {
-                let key = view(&kv.k).stats(layer, rank_tokens)?;
-                let value = view(&kv.v).stats(layer, rank_tokens)?;
+                let key = View { values: &self.plain_keys(layer), tokens, width }.stats(layer, rank_tokens)?;
+                let value = View { values: &kv.v, tokens, width }.stats(layer, rank_tokens)?;
                 Ok(LayerStats { layer, key, value })
             })
             .collect()
@@ -47,13 +46,13 @@ impl KvCache {
 }
 
 /// One tensor `[H, T, D]`.
-struct View {
-    values: Vec<f32>,
+struct View<'a> {
+    values: &'a [f32],
     tokens: usize,
     width: usize,
 }
 
-impl View {
+impl View<'_> {
     fn stats(&self, layer: usize, rank_tokens: usize) -> Result<TensorStats, CacheError> {
         let norms: Vec<f64> = self.values.chunks_exact(self.width).map(norm).collect();
         let after_sink: Vec<f64> =

@@ -218,10 +218,7 @@ impl KvCache {
     /// # Errors
     /// [`CacheError::Mismatch`] if they do not correspond.
     pub fn replace(&self, part: Part, other: &Self) -> Result<Self, CacheError> {
-        self.same_kind(other)?;
-        if self.positions != other.positions {
-            return Err(CacheError::Mismatch { what: "positions" });
-        }
+        self.same_columns(other)?;
         let mut replaced = self.clone();
         for (mine, theirs) in replaced.layers.values_mut().zip(other.layers.values()) {
             match part {
@@ -245,6 +242,11 @@ impl KvCache {
             None => Ok(()),
             Some(layer) => Err(CacheError::MissingLayer { layer }),
         }
+    }
+
+    pub(super) fn same_columns(&self, other: &Self) -> Result<(), CacheError> {
+        self.same_kind(other)?;
+        if self.positions == other.positions { Ok(()) } else { Err(CacheError::Mismatch { what: "positions" }) }
     }
 
     fn same_kind(&self, other: &Self) -> Result<(), CacheError> {

@@ -19,6 +19,8 @@ pub(crate) const NAMES: [&str; 6] = ["llama", "llama3", "mistral", "qwen2", "qwe
 #[derive(Deserialize)]
 pub(crate) struct Reference {
     pub(crate) ids: Vec<u32>,
+    /// Columns that gradients are taken of.
+    pub(crate) split: usize,
     texts: BTreeMap<String, Vec<u32>>,
     chat: Option<Vec<u32>>,
 }

@@ -5,6 +5,7 @@
 //! - `families`: every family on tiny random models written by `tiny`: prefill, caches, moves, packets.
 //! - `bits`: packed caches on both real models; skipped where the files are absent.
 //! - `checkpoints`: tiny models written by `transformers`, directories and GGUF; directories that lie or are cut.
+//! - `gradients`: through frozen models, against PyTorch and finite differences.
 //! - `damage`: files that lie, are cut or are garbage.
 //! - `text`: tokenizers and chat templates.
 //! - `experiments`: the procedures, on tiny models and on the real ones.
@@ -20,6 +21,7 @@ mod checkpoints;
 mod damage;
 mod experiments;
 mod families;
+mod gradients;
 mod reference;
 mod stored;
 mod text;

@@ -8,6 +8,11 @@
 //!
 //! Papers: Llama (arXiv 2302.13971), RoPE (2104.09864), GQA (2305.13245), Qwen3 (2505.09388), Gemma 3 (2503.19786).
 
+mod tracked;
+
+pub(crate) use tracked::check_adapters;
+pub use tracked::{Adapter, Adapters, Projection, TrackedCache};
+
 use candle_core::{Device, Result, Tensor};
 use candle_nn::ops::{rms_norm, softmax_last_dim};
 use candle_nn::rotary_emb::rope;

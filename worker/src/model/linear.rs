@@ -6,6 +6,7 @@
 use candle_core::{Device, Result, Storage, Tensor};
 use rayon::prelude::*;
 
+use super::grad;
 use super::quant::{Kernel, QuantMatrix};
 
 /// Weight rows that one thread takes at a time.
@@ -46,6 +47,20 @@ impl Linear {
             Weight::Dense(weight) if x.dim(0)? == 1 => one_row(x, weight)?,
             Weight::Dense(weight) => x.matmul(&weight.t()?)?,
             Weight::Stored { matrix, kernel } => product(x, matrix, *kernel)?,
+        };
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
+impl Linear {
+    /// As [`Linear::forward`], exact on stored weights too, with a gradient for `x`.
+    pub(crate) fn tracked(&self, x: &Tensor) -> Result<Tensor> {
+        let y = match &self.weight {
+            Weight::Dense(weight) => grad::frozen_dense(x, weight)?,
+            Weight::Stored { matrix, .. } => grad::frozen_stored(x, matrix)?,
         };
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 
 use super::config::{ConfigError, ModelConfig, family_of};
 use super::context::{Context, LayerBuffers};
-use super::decoder::{Decoder, Logits, Observer};
+use super::decoder::{Adapters, Decoder, Logits, Observer, TrackedCache, check_adapters};
 use super::error::ModelError;
 use super::gguf::{Gguf, GgufError};
 use super::hf::Checkpoint;
@@ -234,14 +234,7 @@ impl Model {
         logits: Logits,
         mut observer: Option<&mut Observer<'_>>,
     ) -> Result<Vec<Vec<f32>>, ModelError> {
-        if tokens.len() != positions.len() || tokens.is_empty() {
-            return Err(ModelError::Input { tokens: tokens.len(), positions: positions.len() });
-        }
-        let vocabulary = self.decoder.vocabulary();
-        if let Some(id) = tokens.iter().find(|id| **id as usize >= vocabulary) {
-            return Err(ModelError::TokenRange { id: *id, vocabulary });
-        }
-        self.check_positions(positions)?;
+        self.check_input(tokens, positions)?;
         let mut rows = Vec::new();
         let passes = tokens.len().div_ceil(PASS_TOKENS_MAX);
         let pieces = tokens.chunks(PASS_TOKENS_MAX).zip(positions.chunks(PASS_TOKENS_MAX));
@@ -253,6 +246,30 @@ impl Model {
             }
         }
         Ok(rows)
+    }
+
+    /// Runs `tokens` at `positions` behind `prefix` as a differentiable function: logits `[scored, vocabulary]` of the tokens
+    /// that `scored` names, with gradients for whatever of the prefix and of the adapters comes from variables. The model
+    /// itself is frozen. The graph holds every layer's activations until it is dropped.
+    ///
+    /// # Errors
+    /// As [`Model::forward`]; [`ModelError::TensorShape`] for a prefix or an adapter of another shape.
+    pub fn forward_tracked(
+        &self,
+        prefix: &TrackedCache,
+        adapters: &Adapters,
+        tokens: &[u32],
+        positions: &[i64],
+        scored: std::ops::Range<usize>,
+    ) -> Result<Tensor, ModelError> {
+        self.check_input(tokens, positions)?;
+        self.check_positions(&prefix.positions)?;
+        if scored.is_empty() || scored.end > tokens.len() {
+            return Err(ModelError::Input { tokens: scored.len(), positions: positions.len() });
+        }
+        prefix.check(&self.config)?;
+        check_adapters(adapters, &self.config)?;
+        Ok(self.decoder.forward_tracked(&self.config, prefix, adapters, (tokens, positions), scored)?)
     }
 
     /// Extends a sequence by the likeliest token each time, up to `count` tokens or until the model ends its text. The
@@ -271,6 +288,17 @@ impl Model {
             logits = self.prefill(context, &[next])?;
         }
         Ok(generated)
+    }
+
+    fn check_input(&self, tokens: &[u32], positions: &[i64]) -> Result<(), ModelError> {
+        if tokens.len() != positions.len() || tokens.is_empty() {
+            return Err(ModelError::Input { tokens: tokens.len(), positions: positions.len() });
+        }
+        let vocabulary = self.decoder.vocabulary();
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= vocabulary) {
+            return Err(ModelError::TokenRange { id: *id, vocabulary });
+        }
+        self.check_positions(positions)
     }
 
     fn check_positions(&self, positions: &[i64]) -> Result<(), ModelError> {

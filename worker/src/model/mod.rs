@@ -8,6 +8,7 @@
 //!   each, and weights in the canonical layout.
 //! - [`family`], [`config`], [`rope`]: what tells models apart.
 //! - [`quant`], `linear`, [`table`], `decoder`: the computation; [`context`]: the state of one sequence.
+//! - `grad`: operations with a gradient, for [`Model::forward_tracked`].
 //! - [`tokenizer`], [`chat`]: text to ids and back.
 //! - [`loaded`]: [`Model`], which puts them together.
 
@@ -18,6 +19,7 @@ mod decoder;
 pub mod error;
 pub mod family;
 pub mod gguf;
+mod grad;
 pub mod hf;
 mod linear;
 pub mod loaded;
@@ -31,7 +33,7 @@ mod weights;
 pub use chat::Message;
 pub use config::ModelConfig;
 pub use context::Context;
-pub use decoder::{Logits, Observer, Tap};
+pub use decoder::{Adapter, Adapters, Logits, Observer, Projection, Tap, TrackedCache};
 pub use error::ModelError;
 pub use loaded::{LoadOptions, Model, argmax, fingerprint};
 pub use tokenizer::Tokenizer;

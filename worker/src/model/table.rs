@@ -5,6 +5,7 @@
 
 use candle_core::{Device, Result, Tensor};
 
+use super::grad;
 use super::linear::product;
 use super::quant::{Kernel, QuantMatrix};
 
@@ -49,5 +50,10 @@ impl RowTable {
     /// Only if the width does not match.
     pub fn scores(&self, x: &Tensor) -> Result<Tensor> {
         product(x, &self.matrix, self.kernel)
+    }
+
+    /// As [`RowTable::scores`], exact, with a gradient for `x`.
+    pub(crate) fn tracked_scores(&self, x: &Tensor) -> Result<Tensor> {
+        grad::frozen_stored(x, &self.matrix)
     }
 }

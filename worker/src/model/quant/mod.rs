@@ -168,6 +168,39 @@ impl QuantMatrix {
         }
     }
 
+    /// `x = y · W` for `y: [T, rows]` and `x: [T, cols]`: what [`QuantMatrix::matmul`] hands back to its activations as a
+    /// gradient. Exact up to f32 rounding; the same bits for the same number of threads.
+    ///
+    /// # Panics
+    /// If `x` or `y` has another length.
+    pub fn matmul_transposed(&self, y: &[f32], x: &mut [f32]) {
+        let tokens = y.len() / self.rows;
+        assert_eq!(y.len(), tokens * self.rows, "y must be [T, rows]");
+        assert_eq!(x.len(), tokens * self.cols, "x must be [T, cols]");
+        let tiles = self.rows.div_ceil(TILE_ROWS);
+        let share = tiles.div_ceil(rayon::current_num_threads());
+        // Every thread sums up its own tiles; the sums are added in order.
+        let sums: Vec<Vec<f32>> = (0..tiles)
+            .into_par_iter()
+            .step_by(share)
+            .map(|first| {
+                let mut sum = vec![0f32; x.len()];
+                let mut tile = vec![0f32; TILE_ROWS * self.cols];
+                for index in first..(first + share).min(tiles) {
+                    let rows = index * TILE_ROWS..((index + 1) * TILE_ROWS).min(self.rows);
+                    let weights = &mut tile[..rows.len() * self.cols];
+                    self.dequantize_rows(rows.clone(), weights);
+                    add_product(&mut sum, (y, self.rows, rows.start), weights, tokens, self.cols);
+                }
+                sum
+            })
+            .collect();
+        x.fill(0.0);
+        for sum in sums {
+            x.iter_mut().zip(sum).for_each(|(x, sum)| *x += sum);
+        }
+    }
+
     /// Tiles of weights to f32, then `gemm`: yᵀ[tile, T] = W[tile, cols] · xᵀ[cols, T].
     fn matmul_tiles(&self, x: &[f32], y: &mut [f32], tokens: usize) {
         let out = OutputColumns::new(y, self.rows);
@@ -224,6 +257,38 @@ impl QuantMatrix {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         let bytes = self.kind.row_bytes(self.cols);
         &(*self.storage).as_ref()[self.range.clone()][row * bytes..][..bytes]
+    }
+}
+
+/// `sum += y · W` for `sum: [tokens, cols]`, `W: [tile, cols]`, and as many columns of `y: [tokens, rows]` from `first` on.
+#[expect(unsafe_code, reason = "gemm takes pointers and strides")]
+fn add_product(sum: &mut [f32], (y, rows, first): (&[f32], usize, usize), weights: &[f32], tokens: usize, cols: usize) {
+    let stride = |n: usize| isize::try_from(n).expect("a matrix fits the address space");
+    let tile = weights.len() / cols;
+    assert!(sum.len() == tokens * cols && y.len() == tokens * rows && first + tile <= rows, "shapes must match");
+    // SAFETY: the assertion holds every access inside the three slices, of which only `sum` is written.
+    unsafe {
+        gemm::gemm(
+            tokens,
+            cols,
+            tile,
+            sum.as_mut_ptr(),
+            1,
+            stride(cols),
+            true,
+            y.as_ptr().add(first),
+            1,
+            stride(rows),
+            weights.as_ptr(),
+            1,
+            stride(cols),
+            1f32,
+            1f32,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
     }
 }
 

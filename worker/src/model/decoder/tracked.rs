@@ -1,0 +1,256 @@
+//! The decoder as a differentiable function of an injected cache and of adapters; the model itself stays frozen.
+//!
+//! The same computation as `forward`, from operations that keep gradients (`grad`). Nothing is written in place and no
+//! context grows: a prefix goes in as tensors, logits come out. Products are exact on stored weights too, so the gradient
+//! is that of the dequantised model while memory stays near the stored size.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use candle_core::{Device, Result, Tensor};
+
+use super::{Activation, Attention, Block, Decoder, Mlp, ModelConfig, Norm, Pass, Setting};
+use crate::cache::KvCache;
+use crate::model::error::ModelError;
+use crate::model::grad;
+
+/// A prefix that gradients may reach: K and V of every layer as tensors, any of which may come from variables.
+#[derive(Debug, Clone)]
+pub struct TrackedCache {
+    /// K and V of each layer, first layer first, both `[H_kv, P, D]` f32 on the CPU.
+    pub layers: Vec<(Tensor, Tensor)>,
+    /// The position of each of the P columns.
+    pub positions: Vec<i64>,
+    /// True if keys carry the rotation of their positions. Keys that do not are rotated on the way in, with a gradient.
+    pub rotated: bool,
+}
+
+/// A projection that an adapter may change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Projection {
+    /// `[H * D, C]`.
+    Query,
+    /// `[H_kv * D, C]`.
+    Key,
+    /// `[H_kv * D, C]`.
+    Value,
+    /// `[C, H * D]`.
+    AttentionOutput,
+    /// `[mlp, C]`.
+    Gate,
+    /// `[mlp, C]`.
+    Up,
+    /// `[C, mlp]`.
+    Down,
+}
+
+/// What is added to a frozen projection: y += scale * (x downᵀ) upᵀ (LoRA, arXiv 2106.09685).
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// `[rank, inputs]` f32.
+    pub down: Tensor,
+    /// `[outputs, rank]` f32.
+    pub up: Tensor,
+    /// Factor.
+    pub scale: f64,
+}
+
+/// Adapters by layer and projection.
+pub type Adapters = BTreeMap<(usize, Projection), Adapter>;
+
+impl TrackedCache {
+    /// The numbers of `cache`, without a gradient until tensors are replaced by variables.
+    ///
+    /// # Errors
+    /// [`ModelError::Cache`] if layers are missing.
+    pub fn new(cache: &KvCache) -> std::result::Result<Self, ModelError> {
+        cache.check_fits(cache.layout())?;
+        let layout = cache.layout();
+        let tensor =
+            |values: &[f32]| Tensor::from_slice(values, (layout.kv_heads, cache.len(), layout.head_dim), &Device::Cpu);
+        let layers =
+            cache.layers().map(|(_, layer)| Ok((tensor(&layer.k)?, tensor(&layer.v)?))).collect::<Result<_>>()?;
+        Ok(Self { layers, positions: cache.positions().to_vec(), rotated: cache.is_rotated() })
+    }
+
+    /// A prefix without columns.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if memory runs out.
+    pub fn empty(config: &ModelConfig) -> std::result::Result<Self, ModelError> {
+        let none = Tensor::zeros((config.kv_heads, 0, config.head_dim), candle_core::DType::F32, &Device::Cpu)?;
+        let layers = vec![(none.clone(), none); config.layers.len()];
+        Ok(Self { layers, positions: Vec::new(), rotated: true })
+    }
+
+    /// Refuses tensors of shapes that are not the model's.
+    pub(crate) fn check(&self, config: &ModelConfig) -> std::result::Result<(), ModelError> {
+        if self.layers.len() != config.layers.len() {
+            let layer = self.layers.len().min(config.layers.len());
+            return Err(crate::cache::CacheError::MissingLayer { layer }.into());
+        }
+        let expected = [config.kv_heads, self.positions.len(), config.head_dim];
+        for (layer, (k, v)) in self.layers.iter().enumerate() {
+            check_shape(format!("keys of layer {layer}"), k, &expected)?;
+            check_shape(format!("values of layer {layer}"), v, &expected)?;
+        }
+        Ok(())
+    }
+}
+
+impl Projection {
+    /// Outputs and inputs.
+    pub fn shape(self, config: &ModelConfig) -> [usize; 2] {
+        let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        match self {
+            Self::Query => [q_width, config.hidden],
+            Self::Key | Self::Value => [kv_width, config.hidden],
+            Self::AttentionOutput => [config.hidden, q_width],
+            Self::Gate | Self::Up => [config.mlp, config.hidden],
+            Self::Down => [config.hidden, config.mlp],
+        }
+    }
+}
+
+/// Refuses adapters whose layers or shapes are not the model's.
+pub(crate) fn check_adapters(adapters: &Adapters, config: &ModelConfig) -> std::result::Result<(), ModelError> {
+    for ((layer, projection), adapter) in adapters {
+        let name = |what| format!("{what} of the adapter of {projection:?} in layer {layer}");
+        if *layer >= config.layers.len() {
+            let (expected, got) = (vec![config.layers.len()], vec![*layer]);
+            return Err(ModelError::TensorShape { name: name("layer"), expected, got });
+        }
+        let [outputs, inputs] = projection.shape(config);
+        let rank = adapter.down.dims().first().copied().unwrap_or(0);
+        check_shape(name("down"), &adapter.down, &[rank, inputs])?;
+        check_shape(name("up"), &adapter.up, &[outputs, rank])?;
+    }
+    Ok(())
+}
+
+fn check_shape(name: String, tensor: &Tensor, expected: &[usize]) -> std::result::Result<(), ModelError> {
+    if tensor.dims() == expected {
+        return Ok(());
+    }
+    Err(ModelError::TensorShape { name, expected: expected.to_vec(), got: tensor.dims().to_vec() })
+}
+
+/// What the layers of one tracked pass share.
+struct Tracked<'a> {
+    pass: Pass<'a, 'a>,
+    prefix: &'a TrackedCache,
+    /// Rotations of the prefix's columns, one for each distinct layer setting; empty if its keys are rotated.
+    prefix_turns: Vec<Setting>,
+    adapters: &'a Adapters,
+}
+
+impl Decoder {
+    /// Logits `[scored, vocabulary]` of those of `tokens` that `scored` names, behind `prefix`. Callers have checked ids,
+    /// positions and shapes.
+    pub(crate) fn forward_tracked(
+        &self,
+        config: &ModelConfig,
+        prefix: &TrackedCache,
+        adapters: &Adapters,
+        (tokens, positions): (&[u32], &[i64]),
+        scored: Range<usize>,
+    ) -> Result<Tensor> {
+        let pass = Pass::new(config, &prefix.positions, positions, None)?;
+        let turn = |setting: &Setting| Setting::new(&setting.layer, &[], &prefix.positions);
+        let prefix_turns =
+            if prefix.rotated { Vec::new() } else { pass.settings.iter().map(turn).collect::<Result<_>>()? };
+        let tracked = Tracked { pass, prefix, prefix_turns, adapters };
+        let mut x = (self.embedding.lookup(tokens)? * self.embedding_scale)?;
+        for (index, block) in self.blocks.iter().enumerate() {
+            x = block.tracked(&x, index, &tracked)?;
+        }
+        let x = self.norm.tracked(&x.narrow(0, scored.start, scored.len())?)?;
+        self.head.as_ref().unwrap_or(&self.embedding).tracked_scores(&x)
+    }
+}
+
+impl Tracked<'_> {
+    /// What the adapter of a projection adds to `y`.
+    fn adapted(&self, layer: usize, projection: Projection, x: &Tensor, y: Tensor) -> Result<Tensor> {
+        match self.adapters.get(&(layer, projection)) {
+            None => Ok(y),
+            Some(adapter) => y + (x.matmul(&adapter.down.t()?)?.matmul(&adapter.up.t()?)? * adapter.scale)?,
+        }
+    }
+
+    /// K (rotated) and V of the prefix in one layer.
+    fn prefix(&self, layer: usize) -> Result<(Tensor, Tensor)> {
+        let (k, v) = self.prefix.layers[layer].clone();
+        match self.prefix_turns.get(self.pass.setting_of[layer]) {
+            Some(setting) => Ok((grad::rotate(&k, &setting.cosines, &setting.sines)?, v)),
+            None => Ok((k, v)),
+        }
+    }
+}
+
+impl Block {
+    fn tracked(&self, x: &Tensor, index: usize, tracked: &Tracked<'_>) -> Result<Tensor> {
+        let branch = self.attention.tracked(&self.attention_norm.tracked(x)?, index, tracked)?;
+        let x = (x + Norm::tracked_optional(self.post_attention_norm.as_ref(), branch)?)?;
+        let branch = self.mlp.tracked(&self.mlp_norm.tracked(&x)?, index, tracked)?;
+        &x + Norm::tracked_optional(self.post_mlp_norm.as_ref(), branch)?
+    }
+}
+
+impl Attention {
+    fn tracked(&self, x: &Tensor, index: usize, tracked: &Tracked<'_>) -> Result<Tensor> {
+        let (length, _) = x.dims2()?;
+        let heads = |y: Tensor, heads: usize, norm: Option<&Norm>| {
+            let y = Norm::tracked_optional(norm, y.reshape((length, heads, self.head_dim))?)?;
+            y.transpose(0, 1)?.contiguous()
+        };
+        let q = tracked.adapted(index, Projection::Query, x, self.q.tracked(x)?)?;
+        let k = tracked.adapted(index, Projection::Key, x, self.k.tracked(x)?)?;
+        let v = tracked.adapted(index, Projection::Value, x, self.v.tracked(x)?)?;
+        let (q, k) = (heads(q, self.heads, self.q_norm.as_ref())?, heads(k, self.kv_heads, self.k_norm.as_ref())?);
+        let v = heads(v, self.kv_heads, None)?;
+        let setting = tracked.pass.setting(index);
+        let q = grad::rotate(&q, &setting.cosines, &setting.sines)?;
+        let k = grad::rotate(&k, &setting.cosines, &setting.sines)?;
+        let (before_k, before_v) = tracked.prefix(index)?;
+        let (k, v) = match tracked.prefix.positions.is_empty() {
+            true => (k, v),
+            false => (Tensor::cat(&[before_k, k], 1)?, Tensor::cat(&[before_v, v], 1)?),
+        };
+        let columns = k.dim(1)?;
+
+        let grouped = (self.kv_heads, self.heads / self.kv_heads * length, self.head_dim);
+        let scores = q.reshape(grouped)?.matmul(&k.transpose(1, 2)?)?.reshape((self.heads, length, columns))?;
+        let probabilities = grad::softmax(&scores, self.scale, setting.mask.as_ref())?;
+        let mixed = probabilities.reshape((grouped.0, grouped.1, columns))?.matmul(&v)?;
+        let mixed = mixed.reshape((self.heads, length, self.head_dim))?.transpose(0, 1)?;
+        let mixed = mixed.reshape((length, self.heads * self.head_dim))?;
+        tracked.adapted(index, Projection::AttentionOutput, &mixed, self.output.tracked(&mixed)?)
+    }
+}
+
+impl Mlp {
+    fn tracked(&self, x: &Tensor, index: usize, tracked: &Tracked<'_>) -> Result<Tensor> {
+        let gate = tracked.adapted(index, Projection::Gate, x, self.gate.tracked(x)?)?;
+        let up = tracked.adapted(index, Projection::Up, x, self.up.tracked(x)?)?;
+        let gate = match self.activation {
+            Activation::Silu => gate.silu()?,
+            Activation::GeluTanh => gate.gelu()?,
+        };
+        let inner = (gate * up)?;
+        tracked.adapted(index, Projection::Down, &inner, self.down.tracked(&inner)?)
+    }
+}
+
+impl Norm {
+    fn tracked(&self, x: &Tensor) -> Result<Tensor> {
+        grad::rms_norm(x, &self.weight, self.epsilon)
+    }
+
+    fn tracked_optional(norm: Option<&Self>, x: Tensor) -> Result<Tensor> {
+        match norm {
+            Some(norm) => norm.tracked(&x),
+            None => Ok(x),
+        }
+    }
+}

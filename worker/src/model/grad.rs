@@ -1,0 +1,324 @@
+//! Operations with a gradient, for running a frozen model as a differentiable function.
+//!
+//! candle's fused kernels and its quantised product drop gradients without a word, and its matrix product computes one for
+//! a frozen side too. Each operation here is fused and has a backward of its own; a frozen weight never gets a gradient,
+//! and a stored one is dequantised tile by tile in both directions. CPU, f32, contiguous tensors. Does not know the order
+//! in which a decoder applies them (`decoder::tracked`).
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::quant::{Kernel, QuantMatrix};
+
+/// `x Wᵀ` for `x` `[T, inputs]` and a frozen `W` `[outputs, inputs]`: dense f32.
+pub(crate) fn frozen_dense(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(Dense { weight: weight.detach() })
+}
+
+/// The same for a stored `W`, exact up to f32 rounding.
+pub(crate) fn frozen_stored(x: &Tensor, matrix: &QuantMatrix) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(Stored { matrix: matrix.clone() })
+}
+
+/// x / rms(x) * weight over the last axis, with a frozen weight.
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(RmsNorm { weight: weight.to_vec1()?, epsilon })
+}
+
+/// `[H, T, D]` with column t of each head turned by the angles of row t in `cosines` and `sines`, `[T, D/2]`.
+pub(crate) fn rotate(x: &Tensor, cosines: &Tensor, sines: &Tensor) -> Result<Tensor> {
+    let (cosines, sines) = (cosines.flatten_all()?.to_vec1()?, sines.flatten_all()?.to_vec1()?);
+    x.contiguous()?.apply_op1(Rotation { cosines, sines })
+}
+
+/// softmax(scale * x + mask) over the last axis of `x` `[H, T, S]`; `mask` is `[T, S]`.
+pub(crate) fn softmax(x: &Tensor, scale: f64, mask: Option<&Tensor>) -> Result<Tensor> {
+    let mask = mask.map(|mask| mask.flatten_all()?.to_vec1()).transpose()?;
+    #[expect(clippy::cast_possible_truncation, reason = "it came from an f32")]
+    let scale = scale as f32;
+    x.contiguous()?.apply_op1(Softmax { scale, mask })
+}
+
+/// The numbers of a contiguous operand.
+fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => candle_core::bail!("an operand with a gradient must be contiguous"),
+    }
+}
+
+/// A copy of a tensor's numbers, in order.
+fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1()
+}
+
+struct Dense {
+    weight: Tensor,
+}
+
+impl CustomOp1 for Dense {
+    fn name(&self) -> &'static str {
+        "frozen-dense"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = Tensor::from_slice(slice(storage, layout)?, layout.shape(), self.weight.device())?;
+        let y = x.matmul(&self.weight.t()?)?;
+        Ok((CpuStorage::F32(numbers(&y)?), y.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        gradient.contiguous()?.matmul(&self.weight).map(Some)
+    }
+}
+
+struct Stored {
+    matrix: QuantMatrix,
+}
+
+impl CustomOp1 for Stored {
+    fn name(&self) -> &'static str {
+        "frozen-stored"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (count, width) = layout.shape().dims2()?;
+        if width != self.matrix.cols() {
+            candle_core::bail!("{:?} times {:?}", layout.shape(), self.matrix);
+        }
+        let mut y = vec![0_f32; count * self.matrix.rows()];
+        self.matrix.matmul(slice(storage, layout)?, &mut y, Kernel::Exact);
+        Ok((CpuStorage::F32(y), (count, self.matrix.rows()).into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let mut result = vec![0_f32; x.elem_count()];
+        self.matrix.matmul_transposed(&numbers(gradient)?, &mut result);
+        Tensor::from_vec(result, x.shape(), x.device()).map(Some)
+    }
+}
+
+struct RmsNorm {
+    weight: Vec<f32>,
+    epsilon: f32,
+}
+
+impl RmsNorm {
+    /// 1 / rms of a row, summed in f32 like the fused kernel.
+    fn factor(&self, row: &[f32]) -> f32 {
+        let mean = row.iter().map(|x| x * x).sum::<f32>() / row.len() as f32;
+        1.0 / (mean + self.epsilon).sqrt()
+    }
+}
+
+impl CustomOp1 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms-norm"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = slice(storage, layout)?;
+        let width = self.weight.len();
+        if layout.shape().dims().last() != Some(&width) {
+            candle_core::bail!("{:?} normed by {width} factors", layout.shape());
+        }
+        let mut y = vec![0_f32; x.len()];
+        y.par_chunks_mut(width).zip(x.par_chunks(width)).for_each(|(y, x)| {
+            let factor = self.factor(x);
+            for ((y, x), weight) in y.iter_mut().zip(x).zip(&self.weight) {
+                *y = x * factor * weight;
+            }
+        });
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    /// y = x r w with r = (mean x² + ε)^-½: dx = r w dy - x r³ mean(x w dy).
+    fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let width = self.weight.len();
+        let (values, mut result) = (numbers(x)?, numbers(gradient)?);
+        result.par_chunks_mut(width).zip(values.par_chunks(width)).for_each(|(gradient, x)| {
+            let factor = self.factor(x);
+            let weighted = x.iter().zip(gradient.iter()).zip(&self.weight).map(|((x, dy), w)| x * dy * w);
+            let common = weighted.sum::<f32>() * factor * factor * factor / width as f32;
+            for ((dy, x), weight) in gradient.iter_mut().zip(x).zip(&self.weight) {
+                *dy = *dy * factor * weight - x * common;
+            }
+        });
+        Tensor::from_vec(result, x.shape(), x.device()).map(Some)
+    }
+}
+
+struct Rotation {
+    cosines: Vec<f32>,
+    sines: Vec<f32>,
+}
+
+impl Rotation {
+    /// Turns forwards for a `sign` of 1, back for -1.
+    fn turn(&self, x: &mut [f32], shape: &Shape, sign: f32) -> Result<()> {
+        let (_, count, width) = shape.dims3()?;
+        let half = width / 2;
+        if self.cosines.len() != count * half {
+            candle_core::bail!("{shape:?} turned by {} angles", self.cosines.len());
+        }
+        x.par_chunks_mut(width).enumerate().for_each(|(row, x)| {
+            let start = row % count * half;
+            let (low, high) = x.split_at_mut(half);
+            for pair in 0..half {
+                let (cosine, sine) = (self.cosines[start + pair], sign * self.sines[start + pair]);
+                let (a, b) = (low[pair], high[pair]);
+                low[pair] = a * cosine - b * sine;
+                high[pair] = b * cosine + a * sine;
+            }
+        });
+        Ok(())
+    }
+}
+
+impl CustomOp1 for Rotation {
+    fn name(&self) -> &'static str {
+        "rotation"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut x = slice(storage, layout)?.to_vec();
+        self.turn(&mut x, layout.shape(), 1.0)?;
+        Ok((CpuStorage::F32(x), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let mut result = numbers(gradient)?;
+        self.turn(&mut result, x.shape(), -1.0)?;
+        Tensor::from_vec(result, x.shape(), x.device()).map(Some)
+    }
+}
+
+struct Softmax {
+    scale: f32,
+    mask: Option<Vec<f32>>,
+}
+
+impl CustomOp1 for Softmax {
+    fn name(&self) -> &'static str {
+        "masked-softmax"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (_, count, width) = layout.shape().dims3()?;
+        if self.mask.as_ref().is_some_and(|mask| mask.len() != count * width) {
+            candle_core::bail!("{:?} under a mask of another size", layout.shape());
+        }
+        let mut y = slice(storage, layout)?.to_vec();
+        y.par_chunks_mut(width).enumerate().for_each(|(row, y)| {
+            let mask = self.mask.as_ref().map(|mask| &mask[row % count * width..][..width]);
+            let mut largest = f32::NEG_INFINITY;
+            for (column, y) in y.iter_mut().enumerate() {
+                *y = *y * self.scale + mask.map_or(0.0, |mask| mask[column]);
+                largest = largest.max(*y);
+            }
+            let mut sum = 0.0;
+            for y in y.iter_mut() {
+                *y = (*y - largest).exp();
+                sum += *y;
+            }
+            y.iter_mut().for_each(|y| *y /= sum);
+        });
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    /// dx = scale * y (dy - Σ y dy).
+    fn bwd(&self, x: &Tensor, y: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let (_, _, width) = x.dims3()?;
+        let (y, mut result) = (numbers(y)?, numbers(gradient)?);
+        result.par_chunks_mut(width).zip(y.par_chunks(width)).for_each(|(gradient, y)| {
+            let common: f32 = gradient.iter().zip(y).map(|(dy, y)| dy * y).sum();
+            for (dy, y) in gradient.iter_mut().zip(y) {
+                *dy = self.scale * y * (*dy - common);
+            }
+        });
+        Tensor::from_vec(result, x.shape(), x.device()).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::model::quant::QuantKind;
+    use crate::random::Random;
+
+    fn normal(shape: &[usize], purpose: &str) -> Tensor {
+        let mut random = Random::new(5, purpose);
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| random.normal() as f32).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    /// The gradient of a weighted sum of `operation`'s results against central differences, at every number of x.
+    fn check(shape: &[usize], operation: impl Fn(&Tensor) -> Tensor) {
+        let x = normal(shape, "x");
+        let weights = normal(operation(&x).dims(), "weights of the sum");
+        let loss = |x: &Tensor| (operation(x) * &weights).unwrap().sum_all().unwrap();
+        let variable = Var::from_tensor(&x).unwrap();
+        let gradients = loss(variable.as_tensor()).backward().unwrap();
+        let gradient = numbers(gradients.get(&variable).expect("there is a gradient")).unwrap();
+        let typical = (gradient.iter().map(|g| g * g).sum::<f32>() / gradient.len() as f32).sqrt();
+        assert!(typical > 1e-3, "the gradient is zero");
+        let start = numbers(&x).unwrap();
+        for (index, gradient) in gradient.iter().enumerate() {
+            let at = |step: f32| {
+                let mut moved = start.clone();
+                moved[index] += step;
+                let moved = Tensor::from_vec(moved, shape, &Device::Cpu).unwrap();
+                f64::from(loss(&moved).to_scalar::<f32>().unwrap())
+            };
+            let difference = (at(5e-3) - at(-5e-3)) / 1e-2;
+            let error = (f64::from(*gradient) - difference).abs();
+            assert!(error < 1e-2 * f64::from(typical.max(gradient.abs())), "{index}: {gradient} and {difference}");
+        }
+    }
+
+    fn matrix(weight: &Tensor) -> QuantMatrix {
+        let (rows, cols) = weight.dims2().unwrap();
+        let bytes: Vec<u8> = numbers(weight).unwrap().iter().flat_map(|x| x.to_le_bytes()).collect();
+        let range = 0..bytes.len();
+        QuantMatrix::new(QuantKind::F32, rows, cols, Arc::new(bytes), range).unwrap()
+    }
+
+    #[test]
+    fn products_have_the_gradient_of_their_activations() {
+        let weight = normal(&[150, 7], "weight");
+        check(&[3, 7], |x| frozen_dense(x, &weight).unwrap());
+        let stored = matrix(&weight);
+        check(&[3, 7], |x| frozen_stored(x, &stored).unwrap());
+        let (x, dense) = (normal(&[3, 7], "x"), Var::from_tensor(&weight).unwrap());
+        let variable = Var::from_tensor(&x).unwrap();
+        let loss = frozen_dense(variable.as_tensor(), dense.as_tensor()).unwrap().sum_all().unwrap();
+        assert!(loss.backward().unwrap().get(&dense).is_none(), "a frozen weight has no gradient");
+    }
+
+    #[test]
+    fn norms_have_a_gradient() {
+        let weight = normal(&[6], "weight");
+        check(&[2, 2, 6], |x| rms_norm(x, &weight, 1e-5).unwrap());
+    }
+
+    #[test]
+    fn rotations_have_a_gradient() {
+        let angles = normal(&[3, 2], "angles");
+        check(&[2, 3, 4], |x| rotate(x, &angles.cos().unwrap(), &angles.sin().unwrap()).unwrap());
+    }
+
+    #[test]
+    fn softmax_has_a_gradient_and_hides_what_is_masked() {
+        let mask = vec![0.0, f32::NEG_INFINITY, 0.0, 0.0, 0.0, f32::NEG_INFINITY];
+        let mask = Tensor::from_vec(mask, (2, 3), &Device::Cpu).unwrap();
+        check(&[2, 2, 3], |x| softmax(x, 0.7, Some(&mask)).unwrap());
+        check(&[2, 2, 3], |x| softmax(x, 0.7, None).unwrap());
+        let y = softmax(&normal(&[2, 2, 3], "x"), 0.7, Some(&mask)).unwrap().to_vec3::<f32>().unwrap();
+        assert!(y.iter().flatten().all(|row| (row.iter().sum::<f32>() - 1.0).abs() < 1e-6));
+        assert!(y.iter().all(|head| head[0][1] == 0.0 && head[1][2] == 0.0));
+    }
+}

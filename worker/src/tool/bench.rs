@@ -42,7 +42,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), ToolError> {
         "prefill_tokens_per_s": median(&mut prefill),
         "decode_tokens_per_s": median(&mut decode),
         "peak_bytes": crate::memory::peak_bytes(),
-        "file_bytes": std::fs::metadata(model.path()).map(|file| file.len()).unwrap_or(0),
+        "file_bytes": std::fs::metadata(model.path()).map_or(0, |file| file.len()),
     }))
 }
 

@@ -164,6 +164,8 @@ impl QuantMatrix {
         match kernel {
             Kernel::Exact => self.matmul_tiles(x, y, tokens),
             _ if tokens >= PREFILL_ROWS_MIN => self.matmul_tiles(x, y, tokens),
+            // Activations come in blocks of 32; only tiny models have rows that do not.
+            _ if !self.cols.is_multiple_of(QuantKind::Q8_0.block_values()) => self.matmul_tiles(x, y, tokens),
             _ => self.matmul_blocks(x, y, tokens, kernel),
         }
     }

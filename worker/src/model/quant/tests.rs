@@ -137,3 +137,28 @@ fn rows_are_moved_whole() {
     moved.dequantize_rows(0..1, &mut row);
     assert!(relative(&row, &values[128..192]) < 1e-6);
 }
+
+#[test]
+fn rows_that_are_no_whole_blocks_of_activations_are_multiplied_exactly() {
+    let (matrix, weights) = matrix(QuantKind::F16, GgmlDType::F16, 70, 16);
+    let x = noise(16, 3);
+    let mut y = vec![0f32; 70];
+    matrix.matmul(&x, &mut y, Kernel::best());
+    assert!(relative(&y, &product(&weights, &x, 70, 16)) < 1e-6);
+}
+
+#[test]
+fn the_transposed_product_is_that_of_the_values() {
+    for (kind, dtype) in KINDS {
+        let (matrix, weights) = matrix(kind, dtype, 150, 256);
+        let y = noise(3 * 150, 9);
+        let mut x = vec![1f32; 3 * 256];
+        matrix.matmul_transposed(&y, &mut x);
+        let turned: Vec<f32> = (0..256)
+            .flat_map(|col| (0..150).map(move |row| (row, col)))
+            .map(|(row, col)| weights[row * 256 + col])
+            .collect();
+        let error = relative(&x, &product(&turned, &y, 256, 150));
+        assert!(error < 1e-5, "{kind}: {error}");
+    }
+}

@@ -17,7 +17,8 @@ pub struct KnownModel {
     pub licence: &'static str,
     /// Packages on PyPI whose parts, joined in order, are the file.
     pub parts: &'static [PackagedPart],
-    /// Memory of an executor that holds it in f32 with room for a 1,024-token cache, bytes; measured on the CPU.
+    /// Memory that a seat with this model is given, bytes: about twice the executor's peak with f32 weights in the demo's
+    /// sweep (0.51 GB and 0.76 GB, in the manifests' `memory_peak_bytes`), until a memory model computes it.
     pub resident_bytes: u64,
 }
 

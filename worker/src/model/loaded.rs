@@ -1,5 +1,6 @@
 //! A loaded model: identity, settings, tokenizer, weights; and how sequences run through it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use super::config::{ConfigError, ModelConfig, family_of};
 use super::context::{Context, LayerBuffers};
 use super::decoder::{Adapters, Decoder, Logits, Observer, TrackedCache, check_adapters};
 use super::error::ModelError;
-use super::gguf::{Gguf, GgufError};
+use super::gguf::{Gguf, GgufError, TensorInfo};
 use super::hf::Checkpoint;
 use super::hf::config::Settings;
 use super::names::Part;
@@ -323,6 +324,19 @@ pub fn argmax(logits: &[f32]) -> u32 {
         }
     }
     u32::try_from(best).expect("ids are u32")
+}
+
+/// The tensors of a model's file or directory, by their names there. Reads headers only.
+///
+/// # Errors
+/// [`ModelError`] as [`Model::load`] gives it for headers.
+pub fn tensors(path: &Path) -> Result<BTreeMap<String, TensorInfo>, ModelError> {
+    if path.is_dir() {
+        let checkpoint = Checkpoint::open(path)?;
+        return Ok(checkpoint.tensors().map(|(name, info)| (name.to_owned(), info.clone())).collect());
+    }
+    let gguf = Gguf::open(path).map_err(|source| ModelError::Gguf { path: path.to_path_buf(), source })?;
+    Ok(gguf.tensors)
 }
 
 /// `sha256:` and the digest of a file's bytes; of a directory, as [`Checkpoint::fingerprint`] says.

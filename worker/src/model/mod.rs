@@ -35,6 +35,6 @@ pub use config::ModelConfig;
 pub use context::Context;
 pub use decoder::{Adapter, Adapters, Logits, Observer, Projection, Tap, TrackedCache};
 pub use error::ModelError;
-pub use loaded::{LoadOptions, Model, argmax, fingerprint};
+pub use loaded::{LoadOptions, Model, argmax, fingerprint, tensors};
 pub use tokenizer::Tokenizer;
 pub use weights::Precision;

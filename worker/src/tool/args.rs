@@ -169,7 +169,8 @@ impl ModelArgs {
     /// [`ToolError::Find`].
     pub fn locate(&self) -> Result<(PathBuf, Option<String>), ToolError> {
         let path = Path::new(&self.model);
-        if path.is_file() {
+        // A directory counts if it is a model's: a name of the catalogue may also be that of some folder here.
+        if path.is_file() || path.join("config.json").is_file() {
             return Ok((path.to_path_buf(), None));
         }
         let directory = match &self.models {

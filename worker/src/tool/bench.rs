@@ -2,12 +2,13 @@
 //!
 //! Prints no verdict: `make bench-model` sets these figures beside another program's in the same run.
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde_json::json;
 
 use super::args::{BenchArgs, ToolError, print_json};
-use crate::model::argmax;
+use crate::model::{argmax, tensors};
 
 /// Measures and prints.
 ///
@@ -42,8 +43,16 @@ pub fn bench(args: &BenchArgs) -> Result<(), ToolError> {
         "prefill_tokens_per_s": median(&mut prefill),
         "decode_tokens_per_s": median(&mut decode),
         "peak_bytes": crate::memory::peak_bytes(),
-        "file_bytes": std::fs::metadata(model.path()).map_or(0, |file| file.len()),
+        "file_bytes": weight_bytes(model.path())?,
     }))
+}
+
+/// Size of a model's file; of a directory, what its tensors take.
+fn weight_bytes(path: &Path) -> Result<u64, ToolError> {
+    if path.is_dir() {
+        return Ok(tensors(path)?.values().map(|tensor| tensor.bytes as u64).sum());
+    }
+    Ok(std::fs::metadata(path).map_or(0, |file| file.len()))
 }
 
 fn median(values: &mut [f64]) -> f64 {

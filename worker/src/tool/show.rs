@@ -8,8 +8,7 @@ use std::io::Write;
 use serde_json::json;
 
 use super::args::{ShowArgs, ToolError, megabytes, print_json};
-use crate::model::gguf::Gguf;
-use crate::model::{LoadOptions, Model, ModelError};
+use crate::model::{LoadOptions, Model, tensors};
 
 /// Prints the model's facts.
 ///
@@ -17,13 +16,12 @@ use crate::model::{LoadOptions, Model, ModelError};
 /// If the file is not there or not a model that this build runs.
 pub fn show(args: &ShowArgs) -> Result<(), ToolError> {
     let (path, expected_fingerprint) = args.model.locate()?;
-    let in_file = |source| ModelError::Gguf { path: path.clone(), source };
-    let gguf = Gguf::open(&path).map_err(in_file)?;
+    let tensors = tensors(&path)?;
     let precision = crate::model::Precision::Stored;
     let model = Model::load(&path, &LoadOptions { expected_fingerprint, precision })?;
     let config = model.config();
     let mut kinds: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
-    for tensor in gguf.tensors.values() {
+    for tensor in tensors.values() {
         let entry = kinds.entry(format!("{:?}", tensor.dtype)).or_default();
         entry.0 += 1;
         entry.1 += tensor.shape.iter().product::<usize>() as u64;
@@ -91,7 +89,7 @@ pub fn show(args: &ShowArgs) -> Result<(), ToolError> {
         writeln!(out, "{:<16} {phase}: {}", "memory", megabytes(bytes.as_u64().unwrap_or(0)))?;
     }
     if args.tensors {
-        for (name, tensor) in &gguf.tensors {
+        for (name, tensor) in &tensors {
             writeln!(out, "{name}  {:?} {:?}  {}", tensor.dtype, tensor.shape, megabytes(tensor.bytes as u64))?;
         }
     }

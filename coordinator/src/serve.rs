@@ -122,6 +122,7 @@ pub struct Coordinator {
     listen: SocketAddr,
     http_stop: oneshot::Sender<()>,
     http_task: JoinHandle<()>,
+    api_socket: PathBuf,
 }
 
 /// Runs a coordinator until SIGTERM or SIGINT.
@@ -183,7 +184,8 @@ impl Coordinator {
         let stop = async { drop(stopped.await) };
         let http_task = tokio::spawn(http::serve(listener, parts, stop));
         tracing::info!(cluster = config.name, %listen, api = %config.api_socket.display(), "ready");
-        Ok(Self { driver, driver_task, net, listen, http_stop, http_task })
+        let api_socket = config.api_socket.clone();
+        Ok(Self { driver, driver_task, net, listen, http_stop, http_task, api_socket })
     }
 
     /// UDP address that workers dial; the port is the one that the system chose if 0 was asked for.
@@ -197,6 +199,10 @@ impl Coordinator {
         let _ = self.http_stop.send(());
         if tokio::time::timeout(LAST_ANSWERS, self.http_task).await.is_err() {
             tracing::warn!("requests under way were cut off");
+        }
+        // One that stays is told from a living one at the next start, but looks like one to people.
+        if let Err(error) = std::fs::remove_file(&self.api_socket) {
+            tracing::debug!(%error, "could not remove the API's socket");
         }
         self.net.shutdown().await;
         self.driver.stop().await;

@@ -62,6 +62,7 @@ async fn runs_are_submitted_shown_explained_and_cancelled() {
     let (status, again) = ask(&config, "POST", "/v1/runs/r1/cancel", "{\"reason\":\"\"}").await;
     assert_eq!((status, &again["message"]), (409, &json!("run r1 is cancelled")));
     coordinator.stop().await;
+    assert!(!config.api_socket.exists());
 
     let coordinator = Coordinator::start(&config).await.unwrap();
     let (_, runs) = ask(&config, "GET", "/v1/runs", "").await;

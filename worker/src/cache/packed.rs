@@ -1,9 +1,10 @@
 //! Caches in few bits: what a smaller packet costs in the model's answers.
 //!
 //! Keys are packed before RoPE, because there a channel keeps its size from token to token. A packed cache is a value of its
-//! own with a measured size; unpacking gives a cache that any model of the layout takes. Int4 follows KIVI (arXiv
-//! 2402.02750): keys share a scale along tokens, where their few large channels stay apart, values along channels; KIVI's
-//! window of recent tokens in full precision is left out. Nothing is computed on packed numbers.
+//! own with a measured size; unpacking gives a cache that any model of the layout takes. The axes are KIVI's (arXiv
+//! 2402.02750): keys share a scale along tokens, where their few large channels stay apart, values along channels. With one
+//! scale for all channels of a head and token, int8 cost Gemma 3 270M a KL of 4.8e-4 on facts, with these axes 6.7e-6.
+//! KIVI's window of recent tokens in full precision is left out. Nothing is computed on packed numbers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,15 +15,16 @@ use super::error::CacheError;
 use super::layout::CacheLayout;
 use super::value::{KvCache, LayerKv};
 
-/// Numbers that share a scale in [`Packing::Int4`]; the last group of a row may be shorter.
+/// Numbers that share scale and offset; the last group of a row may be shorter.
 const GROUP: usize = 32;
 
-/// How numbers are packed.
+/// How many bits a number takes. In both, keys share scale and offset (f16 each) over 32 tokens of a channel, values over
+/// 32 channels of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
-    /// 8 bits; keys and values share a scale over the channels of one head and token.
+    /// 8 bits.
     Int8,
-    /// 4 bits; keys share scale and offset over 32 tokens of a channel, values over 32 channels of a token.
+    /// 4 bits.
     Int4,
 }
 
@@ -47,7 +49,6 @@ struct PackedTensor {
 struct Shape {
     /// Numbers in a row; groups do not cross rows.
     row: usize,
-    group: usize,
     bits: u32,
 }
 
@@ -59,11 +60,7 @@ impl KvCache {
     pub fn pack(&self, packing: Packing) -> Result<PackedCache, CacheError> {
         let mut layers = BTreeMap::new();
         for index in self.layers.keys().copied() {
-            let keys = self.plain_keys(index);
-            let keys = match packing {
-                Packing::Int8 => keys,
-                Packing::Int4 => transposed(&keys, self.len(), self.layout.head_dim),
-            };
+            let keys = transposed(&self.plain_keys(index), self.len(), self.layout.head_dim);
             let [key_shape, value_shape] = shapes(packing, &self.layout, self.len());
             let keys = pack(&keys, key_shape).ok_or(CacheError::NotFinite { layer: index, part: "keys" })?;
             let values = pack(&self.layers[&index].v, value_shape)
@@ -94,10 +91,7 @@ impl PackedCache {
         let [key_shape, value_shape] = shapes(self.packing, layout, columns);
         let unpack_layer = |[keys, values]: &[PackedTensor; 2]| {
             let keys = unpack(keys, key_shape, layout.layer_len(columns));
-            let k = match self.packing {
-                Packing::Int8 => keys,
-                Packing::Int4 => transposed(&keys, layout.head_dim, columns),
-            };
+            let k = transposed(&keys, layout.head_dim, columns);
             LayerKv { k, v: unpack(values, value_shape, layout.layer_len(columns)) }
         };
         let layers = self.layers.iter().map(|(index, parts)| (*index, unpack_layer(parts))).collect();
@@ -119,13 +113,12 @@ impl PackedCache {
 
 /// How keys and values lie.
 fn shapes(packing: Packing, layout: &CacheLayout, columns: usize) -> [Shape; 2] {
-    let width = layout.head_dim;
-    match packing {
-        Packing::Int8 => [Shape { row: width, group: width, bits: 8 }; 2],
-        Packing::Int4 => {
-            [Shape { row: columns.max(1), group: GROUP, bits: 4 }, Shape { row: width, group: GROUP, bits: 4 }]
-        }
-    }
+    let bits = match packing {
+        Packing::Int8 => 8,
+        Packing::Int4 => 4,
+    };
+    // A row of keys is a channel, a row of values a token; a cache without columns has neither.
+    [columns.max(1), layout.head_dim].map(|row| Shape { row, bits })
 }
 
 /// `[H, rows, columns]` to `[H, columns, rows]`.
@@ -143,7 +136,7 @@ fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 fn pack(values: &[f32], shape: Shape) -> Option<PackedTensor> {
     let mut packed = PackedTensor { codes: Vec::new(), scales: Vec::new() };
     let top = ((1_u32 << shape.bits) - 1) as f32;
-    for group in values.chunks(shape.row).flat_map(|row| row.chunks(shape.group)) {
+    for group in values.chunks(shape.row).flat_map(|row| row.chunks(GROUP)) {
         let low = group.iter().fold(f32::INFINITY, |low, value| low.min(*value));
         let high = group.iter().fold(f32::NEG_INFINITY, |high, value| high.max(*value));
         // Codes are computed from what will be read back, so rounding a scale to f16 costs no more than that.
@@ -167,7 +160,7 @@ fn pack(values: &[f32], shape: Shape) -> Option<PackedTensor> {
 fn unpack(packed: &PackedTensor, shape: Shape, count: usize) -> Vec<f32> {
     let mut values = vec![0_f32; count];
     let mut codes = packed.codes.as_slice();
-    let groups = values.chunks_mut(shape.row).flat_map(|row| row.chunks_mut(shape.group));
+    let groups = values.chunks_mut(shape.row).flat_map(|row| row.chunks_mut(GROUP));
     for (group, [offset, step]) in groups.zip(&packed.scales) {
         let bytes = if shape.bits == 8 { group.len() } else { group.len().div_ceil(2) };
         let (own, rest) = codes.split_at(bytes);
@@ -211,9 +204,8 @@ mod tests {
     #[test]
     fn sizes_are_what_the_layout_says() {
         let cache = sample(45);
-        // 2 layers, K and V, 2 heads, 45 tokens of 4 channels: 8 bits, and 4 bytes of scale a token and head.
-        assert_eq!(cache.pack(Packing::Int8).unwrap().bytes(), 2 * 2 * 2 * 45 * (4 + 4));
-        // Keys: 4 channels of 32 + 13 tokens, 16 + 7 bytes; values: 45 tokens of 2 bytes; 4 bytes of scale a group.
+        // 2 layers of 2 heads; keys are 4 channels of 32 + 13 tokens, values 45 tokens of 4 channels; 4 bytes a group.
+        assert_eq!(cache.pack(Packing::Int8).unwrap().bytes(), 2 * 2 * (4 * (32 + 13 + 2 * 4) + 45 * (4 + 4)));
         assert_eq!(cache.pack(Packing::Int4).unwrap().bytes(), 2 * 2 * (4 * (16 + 7 + 2 * 4) + 45 * (2 + 4)));
     }
 

@@ -264,6 +264,7 @@ mod tests {
         matched-noise    2/16  3..36 %      2/16  3..36 %       3.58  3.44..3.71               11.00        0
         other-subject    0/16  0..19 %      0/16  0..19 %       5.38  5.24..5.51               14.00        0
         naive            4/16  10..49 %     4/16  10..49 %      1.98  1.84..2.11                9.00        8
+        naive-text       4/16  10..49 %     4/16  10..49 %      1.98  1.84..2.11                9.00        0
         rerotated+1024  16/16  81..100 %   16/16  81..100 %   4.1e-7  3.7e-7..4.5e-7          6.0e-4        0
         other-subject: the choice follows the packet in 16/16 (81..100 %)
         injected equals text to float rounding: caches travel whole

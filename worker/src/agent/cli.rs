@@ -52,6 +52,13 @@ enum Command {
     /// The models on this box.
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// One model by hand, without a cluster: show, run, bench; see `model --help`.
+    #[command(disable_help_flag = true)]
+    Model {
+        /// What the executor, which has the models' code, is told.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<std::ffi::OsString>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -113,8 +120,10 @@ pub fn main() -> ExitCode {
 }
 
 fn dispatch(cli: Cli, printer: Printer) -> Result<Exit, Complaint> {
-    if let Command::Models(command) = &cli.command {
-        return models_command(command, printer);
+    match &cli.command {
+        Command::Models(command) => return models_command(command, printer),
+        Command::Model { arguments } => return Err(become_executor(arguments)),
+        Command::Join { .. } | Command::Run(_) | Command::Doctor(_) => {}
     }
     let path = match cli.state_dir {
         Some(path) => path,
@@ -131,7 +140,7 @@ fn dispatch(cli: Cli, printer: Printer) -> Result<Exit, Complaint> {
                 let (models, inventory) = (models_dir(args.models.clone())?, inventory_config(&args));
                 Ok(examine(DoctorConfig { state, store: args.store, inventory, models }, printer).await)
             }
-            Command::Models(_) => Ok(Exit::Ok),
+            Command::Models(_) | Command::Model { .. } => Ok(Exit::Ok),
         }
     });
     // A thread that hangs on a dead mount must not hold up the end.
@@ -147,6 +156,15 @@ fn models_command(command: &ModelsCommand, printer: Printer) -> Result<Exit, Com
         ModelsCommand::Pull(args) => models::pull(&directory, &args.names, printer),
         ModelsCommand::Verify(args) => models::verify(&directory, &args.names, printer),
     })
+}
+
+/// Replaces this process by the executor's `model` command. Returns only if that cannot be started.
+fn become_executor(arguments: &[std::ffi::OsString]) -> Complaint {
+    let program = default_program();
+    let error =
+        std::os::unix::process::CommandExt::exec(std::process::Command::new(&program).arg("model").args(arguments));
+    let error = std::io::Error::new(error.kind(), format!("start {}: {error}", program.display()));
+    Complaint::new(Exit::Failed, &error, Some("`bonepile-executor` belongs beside `bonepile-worker`"))
 }
 
 fn models_dir(path: Option<PathBuf>) -> Result<ModelsDir, Complaint> {

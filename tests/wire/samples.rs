@@ -263,10 +263,11 @@ fn to_executor() -> Vec<ToExecutor> {
 
 fn from_executor() -> Vec<FromExecutor> {
     let progress = SeatProgress { done: 1, total: 2, note: "loading model".into() };
-    let packet = PacketFile { attempt: attempt(), key: "fact-3".into(), path: "/work/fact-3.safetensors".into() };
+    let packet =
+        PacketFile { attempt: attempt(), key: "fact-3".into(), path: "/var/tmp/seat/fact-3.safetensors".into() };
     let finished = Finished {
         attempt: attempt(),
-        outputs: vec![("result.json".into(), "/work/result.json".into())],
+        outputs: vec![("result.json".into(), "/var/tmp/seat/result.json".into())],
         memory_peak_bytes: 2 << 30,
         models: vec![("gemma-3-270m".into(), "sha256:00".into())],
     };

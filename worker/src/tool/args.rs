@@ -121,10 +121,10 @@ pub enum ToolError {
     #[error(transparent)]
     Find(#[from] protocol::models::ModelError),
     /// The model could not be loaded or run.
-    #[error("load or run the model")]
+    #[error("cannot load or run the model")]
     Model(#[from] ModelError),
     /// A cache does not fit or is damaged.
-    #[error("use the cache {}", path.display())]
+    #[error("cannot use the cache {}", path.display())]
     Cache {
         /// The file.
         path: PathBuf,
@@ -133,7 +133,7 @@ pub enum ToolError {
         source: CacheError,
     },
     /// A tensor could not be made or written.
-    #[error("write {}", path.display())]
+    #[error("cannot write {}", path.display())]
     Save {
         /// The file.
         path: PathBuf,
@@ -142,7 +142,7 @@ pub enum ToolError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// stdout could not be written.
-    #[error("write the answer")]
+    #[error("cannot write the answer")]
     Output(#[from] std::io::Error),
     /// The request makes no sense.
     #[error("{0}")]

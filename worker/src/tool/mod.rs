@@ -31,7 +31,7 @@ impl ModelCommand {
             Ok(()) => ExitCode::SUCCESS,
             Err(ToolError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
             Err(error) => {
-                eprintln!("error: failed to {}", chain(&error));
+                eprintln!("error: {}", chain(&error));
                 if let Some(hint) = error.hint() {
                     eprintln!("hint: {hint}");
                 }

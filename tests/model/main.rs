@@ -7,7 +7,7 @@
 //! - `checkpoints`: tiny models written by `transformers`, directories and GGUF; directories that lie or are cut.
 //! - `gradients`: through frozen models, against PyTorch and finite differences.
 //! - `damage`: files that lie, are cut or are garbage.
-//! - `text`: tokenizers and chat templates.
+//! - `text`: tokenizers and chat templates; `tokens`: their ids against llama.cpp's, for 200 strings.
 //! - `experiments`: the procedures, on tiny models and on the real ones.
 
 #![allow(
@@ -26,3 +26,4 @@ mod reference;
 mod stored;
 mod text;
 mod tiny;
+mod tokens;

@@ -63,6 +63,21 @@ fn only_our_own_text_may_spell_special_tokens() {
 }
 
 #[test]
+fn a_message_that_spells_the_unknown_token_stays_letters() {
+    let mut tiny = Tiny::new("gemma3");
+    let template =
+        "{% for message in messages %}{{ '<unk>' if loop.first else '' }}{{ message['content'] }}{% endfor %}";
+    tiny.set("tokenizer.chat_template", Value::String(template.to_owned()));
+    let model = tiny.load().unwrap();
+    let say = |content: &str| [Message { role: "user".into(), content: content.into() }];
+    let unknown = model.tokenizer().encode_with_specials("<unk>").unwrap();
+    assert_eq!(unknown.len(), 1);
+    let ids = model.tokenizer().encode_chat(&say("a<unk>"), false).unwrap();
+    assert_eq!(ids.iter().filter(|id| **id == unknown[0]).count(), 1, "the template's alone: {ids:?}");
+    assert!(model.tokenizer().decode(&ids).unwrap().ends_with("a<unk>"));
+}
+
+#[test]
 fn templates_fail_with_an_error() {
     let mut tiny = Tiny::new("llama");
     tiny.set("tokenizer.chat_template", Value::String("{{ raise_exception('no such role') }}".to_owned()));

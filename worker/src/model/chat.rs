@@ -51,8 +51,8 @@ impl Tokenizer {
         environment.render_str(source, variables).map_err(ModelError::ChatTemplate)
     }
 
-    /// Ids of a conversation. Special tokens come from the template alone: where a message spells one, the message is
-    /// encoded apart from the template's text, and a template that edits messages (trims them, say) edits nothing then.
+    /// Ids of a conversation. Special tokens come from the template alone: where a message spells one, messages are put in
+    /// after the template's own have been found, and a template that edits messages (trims them, say) edits nothing then.
     ///
     /// # Errors
     /// As [`Tokenizer::render_chat`], and [`ModelError::Tokenizer`].
@@ -77,21 +77,37 @@ impl Tokenizer {
             .map(|(index, message)| Message { role: message.role.clone(), content: mark(index) })
             .collect();
         let rendered = self.render_chat(&marked, generation_prompt)?;
-        let mut ids = Vec::new();
+        let (mut ids, mut pending) = (Vec::new(), String::new());
         // Odd pieces lie between two placeholders: they are message numbers.
         for (piece, text) in rendered.split(PLACEHOLDER).enumerate() {
             if piece % 2 == 0 {
-                ids.extend(self.encode_with_specials(text)?);
+                self.push_template(text, &mut ids, &mut pending)?;
             } else {
                 let index = text.parse::<usize>().ok();
                 let message = index.and_then(|index| messages.get(index)).ok_or_else(|| ModelError::Tokenizer {
                     what: "the chat template takes messages apart; one that spells a special token cannot be encoded"
                         .into(),
                 })?;
-                ids.extend(self.encode(&message.content)?);
+                pending.push_str(&message.content);
             }
         }
+        ids.extend(self.encode(&pending)?);
         Ok(ids)
+    }
+
+    /// Adds text of the template to what is `pending`, which is encoded, as plain text, up to each special token. A message
+    /// and the words around it are one text to the tokenizer: apart, a line break before spaces would be another token.
+    fn push_template(&self, text: &str, ids: &mut Vec<u32>, pending: &mut String) -> Result<(), ModelError> {
+        let mut at = 0;
+        for (id, begin, end) in self.special_places(text)? {
+            pending.push_str(&text[at..begin]);
+            ids.extend(self.encode(pending)?);
+            pending.clear();
+            ids.push(id);
+            at = end;
+        }
+        pending.push_str(&text[at..]);
+        Ok(())
     }
 }
 

@@ -9,6 +9,7 @@
 //! Text of users never yields ids of special tokens; only a chat template's own text may.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::{NFC, Prepend, Replace, Sequence as Normalizers};
@@ -19,10 +20,12 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::error::ModelError;
-use super::gguf::{GgufError, Metadata, Value};
+use super::gguf::{Gguf, GgufError, Metadata, Value};
 
 /// `tokenizer.ggml.token_type` of tokens that text can become.
 const NORMAL: i64 = 1;
+/// Of the token for what the vocabulary lacks. Our own text may spell it; as it is not a role, a user's text may become it.
+const UNKNOWN: i64 = 2;
 /// Of tokens with a meaning beyond text: begin, end, roles.
 const CONTROL: i64 = 3;
 /// Of tokens that are matched in text before anything else.
@@ -64,6 +67,19 @@ pub(crate) enum BuildError {
 }
 
 impl Tokenizer {
+    /// The tokenizer of a GGUF file; its tensors are not looked at. Takes seconds for a vocabulary of 262144.
+    ///
+    /// # Errors
+    /// What is wrong with the file, by name.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let in_file = |source: GgufError| ModelError::Gguf { path: path.to_path_buf(), source };
+        let gguf = Gguf::open(path).map_err(in_file)?;
+        Self::from_metadata(&gguf.metadata).map_err(|error| match error {
+            BuildError::Gguf(source) => in_file(source),
+            BuildError::Model(error) => error,
+        })
+    }
+
     /// Rebuilds the tokenizer that the metadata describes. Takes seconds for a vocabulary of 262144.
     pub(crate) fn from_metadata(metadata: &Metadata) -> Result<Self, BuildError> {
         let tokens = metadata.required("tokenizer.ggml.tokens", metadata.texts("tokenizer.ggml.tokens")?)?;
@@ -77,14 +93,15 @@ impl Tokenizer {
                 return Err(ModelError::UnknownTokenizer { key, value, known: "gpt2, llama" }.into());
             }
         };
-        let of_type =
-            |wanted: i64| tokens.iter().zip(&types).filter(move |(_, kind)| **kind == wanted).map(|(token, _)| token);
-        let special_texts: Vec<String> = of_type(CONTROL).cloned().collect();
+        let of_type = |wanted: &'static [i64]| {
+            tokens.iter().zip(&types).filter(move |(_, kind)| wanted.contains(kind)).map(|(token, _)| token)
+        };
+        let special_texts: Vec<String> = of_type(&[UNKNOWN, CONTROL]).cloned().collect();
         let added = |texts: &mut dyn Iterator<Item = &String>, special| {
             texts.map(|text| AddedToken::from(text.clone(), special).normalized(false)).collect::<Vec<_>>()
         };
-        tokenizer.add_tokens(added(&mut of_type(USER_DEFINED), false)).map_err(failed)?;
-        tokenizer.add_special_tokens(added(&mut of_type(CONTROL), true)).map_err(failed)?;
+        tokenizer.add_tokens(added(&mut of_type(&[USER_DEFINED]), false)).map_err(failed)?;
+        tokenizer.add_special_tokens(added(&mut of_type(&[UNKNOWN, CONTROL]), true)).map_err(failed)?;
         let mut plain = tokenizer.clone();
         plain.set_encode_special_tokens(true);
         let bos = id(metadata, "tokenizer.ggml.bos_token_id", tokens.len())?;
@@ -182,6 +199,15 @@ impl Tokenizer {
     /// How a token is spelt in the file; empty for an id that does not exist.
     pub(crate) fn spelling(&self, id: Option<u32>) -> String {
         id.and_then(|id| self.with_specials.id_to_token(id)).unwrap_or_default()
+    }
+
+    /// Special tokens of a text of our own: id, begin and end in bytes.
+    pub(crate) fn special_places(&self, text: &str) -> Result<Vec<(u32, usize, usize)>, ModelError> {
+        let encoding = self.with_specials.encode(text, false).map_err(failed)?;
+        let places = encoding.get_ids().iter().zip(encoding.get_offsets());
+        let added = self.with_specials.get_added_vocabulary().get_added_tokens_decoder();
+        let special = places.filter(|(id, _)| added.get(id).is_some_and(|token| token.special));
+        Ok(special.map(|(id, (begin, end))| (*id, *begin, *end)).collect())
     }
 
     /// True if `text` spells a special token.

@@ -26,9 +26,9 @@ impl Tokenizer {
         let role = |key: &str| spelling(&config[key]).or_else(|| spelling(&roles[key]));
         let id = |key| role(key).and_then(|text| with_specials.token_to_id(text));
         let (bos, eos) = (id("bos_token").or(settings.bos), id("eos_token").or(settings.ends.first().copied()));
-        // What a vocabulary lacks is no harm: a user's text may become it.
+        // What a vocabulary lacks is no harm: a user's text may become it, though not by spelling it.
         let unknown = id("unk_token");
-        let special = || added.iter().filter(|(id, token)| token.special && Some(**id) != unknown);
+        let special = || added.iter().filter(|(_, token)| token.special);
         let adds = with_specials.encode("", true).map_err(failed)?.get_ids().to_vec();
         let add_bos = match (config["add_bos_token"].as_bool(), adds.as_slice()) {
             (Some(add_bos), _) => add_bos && bos.is_some(),
@@ -42,7 +42,7 @@ impl Tokenizer {
         let mut plain = with_specials.clone();
         plain.set_encode_special_tokens(true);
         Ok(Self {
-            specials: special().map(|(id, _)| *id).collect(),
+            specials: special().map(|(id, _)| *id).filter(|id| Some(*id) != unknown).collect(),
             special_texts: special().map(|(_, token)| token.content.clone()).collect(),
             tokens: with_specials.get_vocab_size(true),
             bos,

@@ -223,8 +223,9 @@ impl Keys<'_> {
         match self.metadata.0.get(&self.name(key)) {
             None => Ok(every(family.window_pattern)),
             Some(Value::Integers(flags)) if flags.len() == count => Ok(flags.iter().map(|flag| *flag != 0).collect()),
-            Some(Value::Integers(flags)) => {
-                Err(self.unsupported(key, format!("{} flags", flags.len()), "there must be one for each layer"))
+            Some(Value::Bytes(flags)) if flags.len() == count => Ok(flags.iter().map(|flag| *flag != 0).collect()),
+            Some(Value::Integers(_) | Value::Bytes(_)) => {
+                Err(self.unsupported(key, "a list", "there must be one for each layer"))
             }
             Some(_) => Ok(every(self.optional_size(key, LAYERS_MAX)?.unwrap_or(0))),
         }

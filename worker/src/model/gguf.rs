@@ -91,7 +91,9 @@ pub enum Value {
     Bool(bool),
     /// UTF-8.
     Text(String),
-    /// Array of any integers or booleans.
+    /// Array of one-byte numbers or booleans, as they lie in the file: there may be as many as the file has bytes.
+    Bytes(Vec<u8>),
+    /// Array of any other integers.
     Integers(Vec<i64>),
     /// Array of f32 or f64.
     Floats(Vec<f64>),
@@ -126,7 +128,7 @@ impl Gguf {
     /// Reads header and directory of the file at `path`, and checks that every tensor lies inside it.
     ///
     /// # Errors
-    /// [`GgufError`]; memory use stays proportional to the file's size whatever the header says.
+    /// [`GgufError`]; whatever the header says, memory stays below 8 times the file's size, and mostly below 4.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
         let file = File::open(path)?;
         let length = file.metadata()?.len();
@@ -281,17 +283,23 @@ impl<R: Read> Reader<R> {
         }
         let alignment = match metadata.integer("general.alignment")? {
             None => ALIGNMENT_DEFAULT,
-            Some(value) if value > 0 && value <= 1 << 20 => value as u64,
+            Some(value) if value.is_power_of_two() && value <= 1 << 20 => value as u64,
             Some(value) => return Err(corrupt(format!("general.alignment is {value}"))),
         };
         let start = self.at.next_multiple_of(alignment);
         let mut tensors = BTreeMap::new();
         for (name, shape, dtype, offset) in entries {
+            if !offset.is_multiple_of(alignment) {
+                let what = format!("tensor {name} has offset {offset}, not a multiple of the alignment {alignment}");
+                return Err(corrupt(what));
+            }
             let info = self.place(&name, &shape, dtype, start, offset)?;
-            if tensors.insert(name.clone(), info).is_some() {
+            if tensors.contains_key(&name) {
                 return Err(corrupt(format!("tensor {name} occurs twice")));
             }
+            tensors.insert(name, info);
         }
+        refuse_overlap(&tensors)?;
         Ok(tensors)
     }
 
@@ -345,19 +353,46 @@ impl<R: Read> Reader<R> {
             _ => return Err(corrupt(format!("key {key} is an array of value type {code}"))),
         };
         self.room(key, count, width)?;
+        // `room` has bounded the count by the file's size, so room for all of them can be made at once.
+        let room = usize::try_from(count).map_err(|_| corrupt(format!("key {key} is an array of {count}")))?;
         Ok(match code {
-            6 | 12 => Value::Floats((0..count).map(|_| self.float(key, code)).collect::<Result<_, _>>()?),
-            8 => Value::Texts((0..count).map(|_| self.string(key)).collect::<Result<_, _>>()?),
-            1 | 3 | 5 | 11 => Value::Integers((0..count).map(|_| self.signed(key, code)).collect::<Result<_, _>>()?),
-            7 => Value::Integers((0..count).map(|_| self.boolean(key).map(i64::from)).collect::<Result<_, _>>()?),
-            _ => {
-                let one = |reader: &mut Self| {
-                    let value = reader.unsigned(key, code)?;
-                    i64::try_from(value).map_err(|_| corrupt(format!("key {key} holds {value}, beyond 63 bits")))
-                };
-                Value::Integers((0..count).map(|_| one(self)).collect::<Result<_, _>>()?)
+            0 | 1 => Value::Bytes(self.bytes(room)?),
+            7 => {
+                let flags = self.bytes(room)?;
+                match flags.iter().find(|flag| **flag > 1) {
+                    None => Value::Bytes(flags),
+                    Some(other) => return Err(corrupt(format!("{key} should be booleans and holds {other}"))),
+                }
             }
+            6 | 12 => Value::Floats(self.elements(room, |reader| reader.float(key, code))?),
+            8 => Value::Texts(self.elements(room, |reader| reader.string(key))?),
+            3 | 5 | 11 => Value::Integers(self.elements(room, |reader| reader.signed(key, code))?),
+            _ => Value::Integers(self.elements(room, |reader| {
+                let value = reader.unsigned(key, code)?;
+                i64::try_from(value).map_err(|_| corrupt(format!("key {key} holds {value}, beyond 63 bits")))
+            })?),
         })
+    }
+
+    /// `count` things one after the other; the caller has checked that the file has room for them.
+    fn elements<T>(
+        &mut self,
+        count: usize,
+        one: impl Fn(&mut Self) -> Result<T, GgufError>,
+    ) -> Result<Vec<T>, GgufError> {
+        let mut elements = Vec::with_capacity(count);
+        for _ in 0..count {
+            elements.push(one(self)?);
+        }
+        Ok(elements)
+    }
+
+    /// The next bytes; the caller has checked that they are there.
+    fn bytes(&mut self, count: usize) -> Result<Vec<u8>, GgufError> {
+        let mut bytes = vec![0; count];
+        self.inner.read_exact(&mut bytes)?;
+        self.at += count as u64;
+        Ok(bytes)
     }
 
     fn unsigned(&mut self, what: &str, code: u32) -> Result<u64, GgufError> {
@@ -398,10 +433,8 @@ impl<R: Read> Reader<R> {
         let length = self.u64(what)?;
         self.room(what, length, 1)?;
         // `room` has bounded the length by the file's size.
-        let mut bytes =
-            vec![0; usize::try_from(length).map_err(|_| corrupt(format!("{what} is {length} bytes long")))?];
-        self.inner.read_exact(&mut bytes)?;
-        self.at += length;
+        let count = usize::try_from(length).map_err(|_| corrupt(format!("{what} is {length} bytes long")))?;
+        let bytes = self.bytes(count)?;
         String::from_utf8(bytes).map_err(|_| corrupt(format!("{what} is not UTF-8")))
     }
 
@@ -434,6 +467,20 @@ impl<R: Read> Reader<R> {
 
 fn corrupt(what: String) -> GgufError {
     GgufError::Corrupt { what }
+}
+
+/// Bytes that two tensors share would count twice: a small file could ask for the memory of a large one.
+fn refuse_overlap(tensors: &Directory) -> Result<(), GgufError> {
+    let mut places: Vec<(u64, u64, &str)> = tensors
+        .iter()
+        .filter(|(_, info)| info.bytes > 0)
+        .map(|(name, info)| (info.offset, info.offset + info.bytes as u64, name.as_str()))
+        .collect();
+    places.sort_unstable();
+    match places.iter().zip(places.iter().skip(1)).find(|((_, end, _), (begin, _, _))| begin < end) {
+        None => Ok(()),
+        Some(((_, _, first), (_, _, second))) => Err(corrupt(format!("tensors {first} and {second} overlap"))),
+    }
 }
 
 /// ggml's type numbers, as far as candle can dequantise them.

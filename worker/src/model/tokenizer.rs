@@ -37,6 +37,11 @@ const QWEN2_SPLIT: &str =
 /// Splitting of Llama 3: digits by threes. From the models' own tokenizer files.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// A longer token is refused: every place where it might be split is looked at.
+const TOKEN_BYTES_MAX: usize = 1024;
+/// Merges rebuilt from scores may take so many times the bytes of the tokens; in Gemma 3 they take twice as many.
+const MERGE_FACTOR: usize = 16;
+
 /// What SentencePiece writes for a space.
 const SPACE_MARK: &str = "\u{2581}";
 
@@ -84,6 +89,10 @@ impl Tokenizer {
     pub(crate) fn from_metadata(metadata: &Metadata) -> Result<Self, BuildError> {
         let tokens = metadata.required("tokenizer.ggml.tokens", metadata.texts("tokenizer.ggml.tokens")?)?;
         let types = types(metadata, tokens.len())?;
+        if let Some(token) = tokens.iter().find(|token| token.len() > TOKEN_BYTES_MAX) {
+            let what = format!("a token is {} bytes long, at most {TOKEN_BYTES_MAX} are possible", token.len());
+            return Err(ModelError::Tokenizer { what }.into());
+        }
         let model = metadata.required("tokenizer.ggml.model", metadata.text("tokenizer.ggml.model")?)?;
         let mut tokenizer = match model {
             "gpt2" => byte_level(metadata, tokens)?,
@@ -226,6 +235,7 @@ fn types(metadata: &Metadata, count: usize) -> Result<Vec<i64>, GgufError> {
     match metadata.0.get(key) {
         None => Ok(vec![NORMAL; count]),
         Some(Value::Integers(types)) if types.len() == count => Ok(types.clone()),
+        Some(Value::Bytes(types)) if types.len() == count => Ok(types.iter().map(|kind| i64::from(*kind)).collect()),
         Some(_) => Err(GgufError::KeyType { key: key.to_owned(), expected: "one integer for each token" }),
     }
 }
@@ -293,7 +303,7 @@ fn sentence_piece(metadata: &Metadata, tokens: &[String], types: &[i64]) -> Resu
         _ => return Err(wrong().into()),
     };
     let vocabulary = vocabulary(tokens);
-    let merges = merges_from_scores(tokens, scores, types, &vocabulary);
+    let merges = merges_from_scores(tokens, scores, types, &vocabulary)?;
     let mut builder = BPE::builder().vocab_and_merges(vocabulary, merges).byte_fallback(true).fuse_unk(true);
     if let Some(unknown) = id(metadata, "tokenizer.ggml.unknown_token_id", tokens.len())? {
         builder = builder.unk_token(tokens[unknown as usize].clone());
@@ -318,18 +328,27 @@ fn sentence_piece(metadata: &Metadata, tokens: &[String], types: &[i64]) -> Resu
 }
 
 /// Every way to put a normal token together from two tokens, best score first, then by id, then by where it is split.
-fn merges_from_scores(tokens: &[String], scores: &[f64], types: &[i64], vocabulary: &Vocab) -> Merges {
+fn merges_from_scores(
+    tokens: &[String],
+    scores: &[f64],
+    types: &[i64],
+    vocabulary: &Vocab,
+) -> Result<Merges, ModelError> {
     let mut order: Vec<usize> = (0..tokens.len()).filter(|id| types[*id] == NORMAL).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
+    let mut left_bytes = MERGE_FACTOR * tokens.iter().map(String::len).sum::<usize>();
     let mut merges = Merges::new();
     for id in order {
         let token = &tokens[id];
         for (at, _) in token.char_indices().skip(1) {
             let (left, right) = token.split_at(at);
             if vocabulary.contains_key(left) && vocabulary.contains_key(right) {
+                left_bytes = left_bytes.checked_sub(token.len()).ok_or_else(|| ModelError::Tokenizer {
+                    what: format!("its merges take more than {MERGE_FACTOR} times the bytes of its tokens"),
+                })?;
                 merges.push((left.to_owned(), right.to_owned()));
             }
         }
     }
-    merges
+    Ok(merges)
 }

@@ -1,23 +1,19 @@
 //! A model's directory: which of its files belong to the model, and where in them each tensor lies.
 //!
-//! Headers are held against the length of their file before they are used, so one of garbage costs an error and never
-//! memory. Values are read when they are asked for. Does not know what tensors are for.
-//!
-//! Formats: <https://github.com/huggingface/safetensors#format>, and the index that `transformers` writes beside shards.
+//! Values are read when they are asked for. Does not know what tensors are for, nor how a file says where they lie
+//! (`header`). The index is the one that `transformers` writes beside shards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::GgmlDType;
-use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 use serde_json::Value;
 
 use super::super::error::ModelError;
 use super::super::gguf::TensorInfo;
 use super::super::loaded::digest;
+use super::header::header;
 use super::json::Json;
 
 /// Settings; the one file that makes a directory a model.
@@ -39,8 +35,6 @@ pub(super) const TEMPLATE: &str = "chat_template.jinja";
 /// Read where they are there.
 const OPTIONAL: [&str; 4] = [TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, TEMPLATE];
 
-/// A header longer than this is refused, as by the format's own library.
-const HEADER_BYTES_MAX: u64 = 100_000_000;
 /// Old Llama checkpoints hold tables that follow from their settings.
 const DERIVED: &str = ".rotary_emb.inv_freq";
 
@@ -237,46 +231,6 @@ impl Index {
         }
         Ok(Self { files: places.values().cloned().collect(), places: Some(places) })
     }
-}
-
-/// The directory of one safetensors file.
-fn header(path: &Path) -> Result<Vec<(String, TensorInfo)>, ModelError> {
-    let failed = |source| ModelError::Io { path: path.to_path_buf(), source };
-    let mut file = File::open(path).map_err(failed)?;
-    let length = file.metadata().map_err(failed)?.len();
-    let mut size = [0; 8];
-    if length < 8 {
-        return Err(refused(path, CheckpointError::Length { need: 8, got: length }));
-    }
-    file.read_exact(&mut size).map_err(failed)?;
-    let size = u64::from_le_bytes(size);
-    if size > HEADER_BYTES_MAX || size > length - 8 {
-        let need = size.saturating_add(8);
-        return Err(refused(path, CheckpointError::Length { need, got: length }));
-    }
-    let mut text = Vec::new();
-    file.take(size).read_to_end(&mut text).map_err(failed)?;
-    // Checks that the tensors' bytes follow each other and fit their shapes.
-    let metadata: Metadata = serde_json::from_slice(&text)
-        .map_err(|error| refused(path, CheckpointError::Header { what: error.to_string() }))?;
-    let start = 8 + size;
-    let need = start.saturating_add(metadata.data_len() as u64);
-    if need != length {
-        return Err(refused(path, CheckpointError::Length { need, got: length }));
-    }
-    metadata.tensors().into_iter().map(|(name, info)| place(name, info, start)).collect()
-}
-
-fn place(name: String, info: &safetensors::tensor::TensorInfo, start: u64) -> Result<(String, TensorInfo), ModelError> {
-    let dtype = match info.dtype {
-        Dtype::F32 => GgmlDType::F32,
-        Dtype::F16 => GgmlDType::F16,
-        Dtype::BF16 => GgmlDType::BF16,
-        other => return Err(ModelError::StoredType { name, dtype: format!("{other:?}") }),
-    };
-    let (begin, end) = info.data_offsets;
-    let offset = start + begin as u64;
-    Ok((name, TensorInfo { shape: info.shape.clone(), dtype, offset, bytes: end - begin }))
 }
 
 /// What is wrong with a file of the directory.

@@ -17,6 +17,7 @@ impl Tokenizer {
             let path = checkpoint.path(TOKENIZER);
             return Err(ModelError::Io { path, source: std::io::ErrorKind::NotFound.into() });
         };
+        check_parts(&text).map_err(|error| refused(&checkpoint.path(TOKENIZER), error))?;
         let mut with_specials = tokenizers::Tokenizer::from_bytes(text).map_err(failed)?;
         with_specials.with_truncation(None).map_err(failed)?.with_padding(None);
         let config = checkpoint.json(TOKENIZER_CONFIG)?.unwrap_or_default();
@@ -59,6 +60,29 @@ impl Tokenizer {
             plain,
         })
     }
+}
+
+/// The parts of the file that the library panics on where they are not what it expects.
+#[derive(serde::Deserialize)]
+struct Parts {
+    #[serde(default)]
+    normalizer: Value,
+    /// Need only be JSON.
+    #[serde(default, rename = "decoder")]
+    _decoder: Value,
+}
+
+fn check_parts(text: &str) -> Result<(), CheckpointError> {
+    let parts: Parts = serde_json::from_str(text)?;
+    let mut steps = vec![&parts.normalizer];
+    while let Some(step) = steps.pop() {
+        if step["type"] == "Precompiled" {
+            let expected = "one of steps that our families have: Precompiled is not";
+            return Err(CheckpointError::KeyType { key: "normalizer".to_owned(), expected });
+        }
+        steps.extend(step["normalizers"].as_array().into_iter().flatten());
+    }
+    Ok(())
 }
 
 /// A special token is written as text, or as an object with its settings.

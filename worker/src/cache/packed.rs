@@ -52,6 +52,13 @@ struct Shape {
     bits: u32,
 }
 
+impl Shape {
+    /// Bytes that the codes of a group take.
+    fn bytes(self, numbers: usize) -> usize {
+        if self.bits == 8 { numbers } else { numbers.div_ceil(2) }
+    }
+}
+
 impl KvCache {
     /// The cache in few bits.
     ///
@@ -89,14 +96,16 @@ impl PackedCache {
     pub fn unpack(&self) -> KvCache {
         let (layout, columns) = (&self.frame.layout, self.frame.len());
         let [key_shape, value_shape] = shapes(self.packing, layout, columns);
-        let unpack_layer = |[keys, values]: &[PackedTensor; 2]| {
+        let unpack_layer = |index: usize, [keys, values]: &[PackedTensor; 2]| {
             let keys = unpack(keys, key_shape, layout.layer_len(columns));
-            let k = transposed(&keys, layout.head_dim, columns);
+            let mut k = transposed(&keys, layout.head_dim, columns);
+            if self.frame.rotated {
+                layout.layers[index].rope.rotate(&mut k, &self.frame.positions);
+            }
             LayerKv { k, v: unpack(values, value_shape, layout.layer_len(columns)) }
         };
-        let layers = self.layers.iter().map(|(index, parts)| (*index, unpack_layer(parts))).collect();
-        let plain = KvCache { layers, rotated: false, ..self.frame.frame() };
-        if self.frame.rotated { plain.rotated() } else { plain }
+        let layers = self.layers.iter().map(|(index, parts)| (*index, unpack_layer(*index, parts))).collect();
+        KvCache { layers, ..self.frame.frame() }
     }
 
     /// How it is packed.
@@ -134,9 +143,11 @@ fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 
 /// `None` if a group's scale is not a finite f16.
 fn pack(values: &[f32], shape: Shape) -> Option<PackedTensor> {
-    let mut packed = PackedTensor { codes: Vec::new(), scales: Vec::new() };
+    let groups = || values.chunks(shape.row).flat_map(|row| row.chunks(GROUP));
+    let bytes = groups().map(|group| shape.bytes(group.len())).sum();
+    let mut packed = PackedTensor { codes: Vec::with_capacity(bytes), scales: Vec::with_capacity(groups().count()) };
     let top = ((1_u32 << shape.bits) - 1) as f32;
-    for group in values.chunks(shape.row).flat_map(|row| row.chunks(GROUP)) {
+    for group in groups() {
         let low = group.iter().fold(f32::INFINITY, |low, value| low.min(*value));
         let high = group.iter().fold(f32::NEG_INFINITY, |high, value| high.max(*value));
         // Codes are computed from what will be read back, so rounding a scale to f16 costs no more than that.
@@ -162,8 +173,7 @@ fn unpack(packed: &PackedTensor, shape: Shape, count: usize) -> Vec<f32> {
     let mut codes = packed.codes.as_slice();
     let groups = values.chunks_mut(shape.row).flat_map(|row| row.chunks_mut(GROUP));
     for (group, [offset, step]) in groups.zip(&packed.scales) {
-        let bytes = if shape.bits == 8 { group.len() } else { group.len().div_ceil(2) };
-        let (own, rest) = codes.split_at(bytes);
+        let (own, rest) = codes.split_at(shape.bytes(group.len()));
         for (index, value) in group.iter_mut().enumerate() {
             let code = if shape.bits == 8 { own[index] } else { own[index / 2] >> (4 * (index % 2)) & 15 };
             *value = offset.to_f32() + f32::from(code) * step.to_f32();

@@ -1,15 +1,18 @@
 //! A cache as a safetensors file, and back: bit-exact, and refused unless it fits the model at hand.
 //!
 //! The header's fields are `protocol::packet`'s; this file writes and checks them against real tensors. Checks come before
-//! use: sizes against the bytes there are, the model's fingerprint and settings, then every number. Does not sign,
-//! compress or encrypt.
+//! use: sizes against the bytes there are, the model's fingerprint and settings, then every number. Tensors pass through a
+//! small buffer on their way to a file and back, so a long cache is not there twice. Does not sign, compress or encrypt.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Cursor, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::Arc;
 
 use protocol::packet::{FORMAT, METADATA_KEY, PacketHeader, RopeFacts};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use serde_json::json;
 
 use super::error::CacheError;
@@ -20,6 +23,10 @@ use crate::model::rope::RopeScaling;
 
 /// How a packet spells the type of its numbers.
 const DTYPE: &str = "F32";
+/// A longer directory is refused, as by the format's own library.
+const DIRECTORY_BYTES_MAX: u64 = 100_000_000;
+/// Numbers converted at a time.
+const BLOCK: usize = 16 << 10;
 
 impl KvCache {
     /// What a receiver must know about this cache.
@@ -44,8 +51,35 @@ impl KvCache {
         }
     }
 
-    /// The cache as the bytes of a safetensors file: tensors in layer order, K before V.
+    /// The cache as the bytes of a safetensors file.
     pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.write_to(&mut bytes).expect("memory takes every byte");
+        bytes
+    }
+
+    /// Writes the cache as a safetensors file, tensors in layer order, K before V. Returns the number of bytes.
+    ///
+    /// # Errors
+    /// What `sink` says.
+    pub fn write_to(&self, sink: &mut impl Write) -> std::io::Result<u64> {
+        let directory = self.directory();
+        sink.write_all(&(directory.len() as u64).to_le_bytes())?;
+        sink.write_all(&directory)?;
+        let mut buffer = Vec::with_capacity(BLOCK * size_of::<f32>());
+        for values in self.layers.values().flat_map(|layer| [&layer.k, &layer.v]) {
+            for block in values.chunks(BLOCK) {
+                buffer.clear();
+                buffer.extend(block.iter().flat_map(|value| value.to_le_bytes()));
+                sink.write_all(&buffer)?;
+            }
+        }
+        let numbers: usize = self.layers.values().map(|layer| layer.k.len() + layer.v.len()).sum();
+        Ok(8 + (directory.len() + numbers * size_of::<f32>()) as u64)
+    }
+
+    /// What comes before the tensors, without its length.
+    fn directory(&self) -> Vec<u8> {
         let header = serde_json::to_string(&self.header()).expect("a header is plain data with string keys");
         let mut directory = BTreeMap::from([("__metadata__".to_owned(), json!({ METADATA_KEY: header }))]);
         let tensor_bytes = self.layout.layer_len(self.len()) * size_of::<f32>();
@@ -61,15 +95,7 @@ impl KvCache {
         let mut directory = serde_json::to_vec(&directory).expect("plain data with string keys");
         // safetensors pads its directory with spaces so that tensors are aligned.
         directory.resize(directory.len().next_multiple_of(8), b' ');
-        let mut bytes = Vec::with_capacity(8 + directory.len() + offset);
-        bytes.extend_from_slice(&(directory.len() as u64).to_le_bytes());
-        bytes.extend_from_slice(&directory);
-        for layer in self.layers.values() {
-            for values in [&layer.k, &layer.v] {
-                bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-            }
-        }
-        bytes
+        directory
     }
 
     /// Reads a packet made for the model of `layout`.
@@ -78,34 +104,17 @@ impl KvCache {
     /// [`CacheError::Packet`] if the bytes are not a consistent packet, [`CacheError::Fingerprint`] and
     /// [`CacheError::Layout`] if it is another model's, [`CacheError::NotFinite`] for NaN and infinities.
     pub fn from_bytes(bytes: &[u8], layout: &Arc<CacheLayout>) -> Result<Self, CacheError> {
-        let file = SafeTensors::deserialize(bytes).map_err(|error| broken(error.to_string()))?;
-        let (_, directory) = SafeTensors::read_metadata(bytes).map_err(|error| broken(error.to_string()))?;
-        let header = directory.metadata().as_ref().and_then(|metadata| metadata.get(METADATA_KEY));
-        let header = header.ok_or_else(|| broken(format!("metadata {METADATA_KEY} is missing")))?;
-        let header: PacketHeader = serde_json::from_str(header).map_err(|error| broken(error.to_string()))?;
-        check_header(&header, layout)?;
-        if file.len() != 2 * header.layers.len() {
-            return Err(broken(format!("{} tensors for {} layers", file.len(), header.layers.len())));
-        }
-        let shape = [layout.kv_heads, header.positions.len(), layout.head_dim];
-        let mut layers = BTreeMap::new();
-        for index in &header.layers {
-            let index = *index as usize;
-            let k = tensor(&file, index, "k", "keys", &shape)?;
-            let v = tensor(&file, index, "v", "values", &shape)?;
-            layers.insert(index, LayerKv { k, v });
-        }
-        let tokens = (header.token_ids.len() == header.positions.len()).then_some(header.token_ids);
-        let cache = Self::new(Arc::clone(layout), layers, header.positions, tokens, header.rotated)?;
-        Ok(cache.with_generated(header.generated as usize))
+        let failed = |source: std::io::Error| broken(source.to_string());
+        Source { reader: Cursor::new(bytes), length: bytes.len() as u64, failed: &failed }.read(layout)
     }
 
-    /// Writes the packet to a file.
+    /// Writes the packet to a file; returns its length in bytes.
     ///
     /// # Errors
     /// [`CacheError::Io`].
-    pub fn save(&self, path: &Path) -> Result<(), CacheError> {
-        std::fs::write(path, self.to_bytes()).map_err(|source| CacheError::Io { path: path.to_path_buf(), source })
+    pub fn save(&self, path: &Path) -> Result<u64, CacheError> {
+        let write = || self.write_to(&mut File::create(path)?);
+        write().map_err(|source| CacheError::Io { path: path.to_path_buf(), source })
     }
 
     /// Reads a packet from a file, for the model of `layout`.
@@ -113,8 +122,94 @@ impl KvCache {
     /// # Errors
     /// [`CacheError::Io`], and as [`KvCache::from_bytes`].
     pub fn load(path: &Path, layout: &Arc<CacheLayout>) -> Result<Self, CacheError> {
-        let bytes = std::fs::read(path).map_err(|source| CacheError::Io { path: path.to_path_buf(), source })?;
-        Self::from_bytes(&bytes, layout)
+        let failed = |source| CacheError::Io { path: path.to_path_buf(), source };
+        let reader = File::open(path).map_err(failed)?;
+        let length = reader.metadata().map_err(failed)?.len();
+        Source { reader, length, failed: &failed }.read(layout)
+    }
+}
+
+/// Where a packet is read from.
+struct Source<'a, R> {
+    reader: R,
+    /// Bytes in all.
+    length: u64,
+    failed: &'a dyn Fn(std::io::Error) -> CacheError,
+}
+
+impl<R: Read + Seek> Source<'_, R> {
+    fn read(mut self, layout: &Arc<CacheLayout>) -> Result<KvCache, CacheError> {
+        let (directory, start) = self.directory()?;
+        let header = directory.metadata().as_ref().and_then(|metadata| metadata.get(METADATA_KEY));
+        let header = header.ok_or_else(|| broken(format!("metadata {METADATA_KEY} is missing")))?;
+        let header: PacketHeader = serde_json::from_str(header).map_err(|error| broken(error.to_string()))?;
+        check_header(&header, layout)?;
+        let tensors = directory.offset_keys().len();
+        if tensors != 2 * header.layers.len() {
+            return Err(broken(format!("{tensors} tensors for {} layers", header.layers.len())));
+        }
+        let shape = [layout.kv_heads, header.positions.len(), layout.head_dim];
+        let mut layers = BTreeMap::new();
+        for index in &header.layers {
+            let index = *index as usize;
+            let k = self.tensor(&directory, start, (index, "k", "keys"), &shape)?;
+            let v = self.tensor(&directory, start, (index, "v", "values"), &shape)?;
+            layers.insert(index, LayerKv { k, v });
+        }
+        let tokens = (header.token_ids.len() == header.positions.len()).then_some(header.token_ids);
+        let cache = KvCache::new(Arc::clone(layout), layers, header.positions, tokens, header.rotated)?;
+        Ok(cache.with_generated(header.generated as usize))
+    }
+
+    /// What tensors there are, and where the first begins.
+    fn directory(&mut self) -> Result<(Metadata, u64), CacheError> {
+        let mut size = [0; 8];
+        if self.length < 8 {
+            return Err(broken(format!("it is {} bytes long", self.length)));
+        }
+        self.reader.read_exact(&mut size).map_err(self.failed)?;
+        let size = u64::from_le_bytes(size);
+        if size > DIRECTORY_BYTES_MAX || size > self.length - 8 {
+            return Err(broken(format!("its directory claims {size} bytes of {}", self.length)));
+        }
+        let mut text = vec![0; usize::try_from(size).expect("at most DIRECTORY_BYTES_MAX")];
+        self.reader.read_exact(&mut text).map_err(self.failed)?;
+        // Checks that the tensors' bytes follow each other and fit their shapes.
+        let directory: Metadata = serde_json::from_slice(&text).map_err(|error| broken(error.to_string()))?;
+        let need = (8 + size).saturating_add(directory.data_len() as u64);
+        if need != self.length {
+            return Err(broken(format!("its directory asks for {need} bytes of {}", self.length)));
+        }
+        Ok((directory, 8 + size))
+    }
+
+    fn tensor(
+        &mut self,
+        directory: &Metadata,
+        start: u64,
+        (layer, name, part): (usize, &str, &'static str),
+        shape: &[usize],
+    ) -> Result<Vec<f32>, CacheError> {
+        let name = format!("layer.{layer}.{name}");
+        let info = directory.info(&name).ok_or_else(|| broken(format!("tensor {name} is missing")))?;
+        if info.dtype != Dtype::F32 || info.shape != shape {
+            let (dtype, got) = (info.dtype, &info.shape);
+            return Err(broken(format!("tensor {name} is {dtype:?} {got:?}, expected F32 {shape:?}")));
+        }
+        self.reader.seek(SeekFrom::Start(start + info.data_offsets.0 as u64)).map_err(self.failed)?;
+        let count: usize = shape.iter().product();
+        let mut values = Vec::with_capacity(count);
+        let mut buffer = vec![0; BLOCK.min(count) * size_of::<f32>()];
+        while values.len() < count {
+            let block = &mut buffer[..BLOCK.min(count - values.len()) * size_of::<f32>()];
+            self.reader.read_exact(block).map_err(self.failed)?;
+            let (words, _) = block.as_chunks::<4>();
+            values.extend(words.iter().map(|word| f32::from_le_bytes(*word)));
+        }
+        match values.iter().all(|value| value.is_finite()) {
+            true => Ok(values),
+            false => Err(CacheError::NotFinite { layer, part }),
+        }
     }
 }
 
@@ -172,24 +267,6 @@ fn check_header(header: &PacketHeader, layout: &CacheLayout) -> Result<(), Cache
         return Err(broken(format!("{} generated of {columns} tokens", header.generated)));
     }
     Ok(())
-}
-
-fn tensor(
-    file: &SafeTensors<'_>,
-    layer: usize,
-    name: &str,
-    part: &'static str,
-    shape: &[usize],
-) -> Result<Vec<f32>, CacheError> {
-    let name = format!("layer.{layer}.{name}");
-    let view = file.tensor(&name).map_err(|_| broken(format!("tensor {name} is missing")))?;
-    if view.dtype() != Dtype::F32 || view.shape() != shape {
-        let (dtype, got) = (view.dtype(), view.shape());
-        return Err(broken(format!("tensor {name} is {dtype:?} {got:?}, expected F32 {shape:?}")));
-    }
-    let (words, _) = view.data().as_chunks::<4>();
-    let values: Vec<f32> = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
-    if values.iter().all(|value| value.is_finite()) { Ok(values) } else { Err(CacheError::NotFinite { layer, part }) }
 }
 
 #[cfg(test)]

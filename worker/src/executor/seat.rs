@@ -94,9 +94,10 @@ impl<W: Write> Desk<'_, W> {
         let mut emit = |key: &str, cache: &KvCache| {
             let computed = Instant::now();
             let path = directory.join(format!("{key}.safetensors"));
-            let packet = cache.to_bytes();
-            std::fs::write(&path, &packet).map_err(|error| on_disk(key, &path, &error))?;
-            bytes += packet.len() as u64;
+            bytes += cache.save(&path).map_err(|error| match error {
+                CacheError::Io { source, .. } => on_disk(key, &path, &source),
+                error => error.into(),
+            })?;
             let (key, path) = (key.to_owned(), path.to_string_lossy().into_owned());
             self.outbox.say(PacketFile { attempt: self.attempt, key, path })?;
             elsewhere += computed.elapsed();

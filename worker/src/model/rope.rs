@@ -4,6 +4,9 @@
 //! without the model. Angles are computed in f64 from frequencies rounded to f32, as Hugging Face's models have them;
 //! sines and products are f32. Does not know which layer uses which frequencies (`config`).
 
+/// Columns that are turned with one table of sines.
+const COLUMNS: usize = 256;
+
 /// How a layer's RoPE frequencies differ from base^(-2i/D).
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
@@ -67,15 +70,20 @@ impl Rope {
     pub fn rotate(&self, keys: &mut [f32], angles: &[i64]) {
         let half = self.frequencies.len();
         assert_eq!(keys.len() % (angles.len().max(1) * 2 * half), 0, "keys are [H, T, D]");
-        let (cosines, sines) = self.table(angles);
-        for head in keys.chunks_exact_mut((angles.len() * 2 * half).max(1)) {
-            for (column, row) in head.chunks_exact_mut(2 * half).enumerate() {
-                let (low, high) = row.split_at_mut(half);
-                for pair in 0..half {
-                    let (cosine, sine) = (cosines[column * half + pair], sines[column * half + pair]);
-                    let (x, y) = (low[pair], high[pair]);
-                    low[pair] = x * cosine - y * sine;
-                    high[pair] = y * cosine + x * sine;
+        // By blocks of columns: a table for all would be as large as the keys of one head.
+        for (block, angles_here) in angles.chunks(COLUMNS).enumerate() {
+            let (cosines, sines) = self.table(angles_here);
+            let first = block * COLUMNS * 2 * half;
+            for head in keys.chunks_exact_mut((angles.len() * 2 * half).max(1)) {
+                let rows = head[first..].chunks_exact_mut(2 * half).take(angles_here.len());
+                for (column, row) in rows.enumerate() {
+                    let (low, high) = row.split_at_mut(half);
+                    for pair in 0..half {
+                        let (cosine, sine) = (cosines[column * half + pair], sines[column * half + pair]);
+                        let (x, y) = (low[pair], high[pair]);
+                        low[pair] = x * cosine - y * sine;
+                        high[pair] = y * cosine + x * sine;
+                    }
                 }
             }
         }

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use serde::Deserialize;
 use serde_json::Value;
 use worker::model::hf::CheckpointError;
+use worker::model::rope::RopeScaling;
 use worker::model::{LoadOptions, Logits, Message, Model, ModelError, Precision, Tap, fingerprint};
 
 /// f32 noise between implementations stays below this, relative to the norm of a tensor.
@@ -88,6 +89,24 @@ fn keys_values_and_logits_are_those_of_transformers() {
         }
     }
     eprintln!("tiny models: worst deviation {worst:.1e}");
+}
+
+#[test]
+fn both_kinds_of_file_turn_keys_alike() {
+    for name in NAMES {
+        let models = models(name);
+        let (_, first) = &models[0];
+        for (place, model) in &models {
+            for (layer, expected) in model.config().layers.iter().zip(&first.config().layers) {
+                assert_eq!(layer.window, expected.window, "{place}");
+                let pairs = layer.rope.frequencies.iter().zip(&expected.rope.frequencies);
+                // Llama 3's scaling is a formula in one and a tensor of divisors in the other.
+                assert!(pairs.clone().all(|(a, b)| (a / b - 1.0).abs() < 3e-7), "{place}");
+            }
+        }
+        let scaled = first.config().layers.iter().any(|layer| layer.rope.scaling != RopeScaling::None);
+        assert_eq!(scaled, matches!(name, "llama3" | "gemma3"), "{name}");
+    }
 }
 
 #[test]

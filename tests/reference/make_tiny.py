@@ -9,6 +9,9 @@ Not its job: real models (make_reference.py).
 Packages (CPython 3.11; any CPU build of torch will do):
     pip install torch transformers==4.57.6 tokenizers==0.22.2 gguf==0.19.0 numpy safetensors==0.8.0
 
+A second run gives the same bytes. llama.cpp reads the GGUF files too and gives the same logits to its own rounding (f16 in
+the cache): 1e-3 relative, for Mistral up to its window, which llama.cpp does not apply to architecture `llama`.
+
 Use:
     python make_tiny.py OUT      writes OUT/NAME/{config.json, ..., model.gguf, reference.safetensors, reference.json}
 """

@@ -490,6 +490,30 @@ mod tests {
     }
 
     #[test]
+    fn llama3_has_the_frequencies_of_transformers() {
+        // `ROPE_INIT_FUNCTIONS["llama3"]` of transformers 4.57.6 for Llama 3.1 8B and 3.2 1B: pairs on the slope, and the last.
+        let large = [
+            (29, 0.002_166_570_63),
+            (30, 0.001_371_893_68),
+            (31, 0.000_856_751_46),
+            (32, 0.000_524_846_022),
+            (33, 0.000_312_693_65),
+            (34, 0.000_178_507_791),
+            (63, 3.068_925_88e-7),
+        ];
+        let small = [(15, 0.001_290_548_01), (16, 0.000_429_556_705), (17, 9.708_286_23e-5), (31, 9.418_306_49e-8)];
+        for (head_dim, factor, expected) in [(128, 8.0, large.as_slice()), (64, 32.0, &small)] {
+            let divisors = llama3_divisors(5e5, head_dim, factor, [1.0, 4.0], 8192.0);
+            let rope = Rope::new(5e5, RopeScaling::Divisors(divisors), head_dim);
+            assert_eq!(rope.frequencies[0], 1.0);
+            for (pair, wanted) in expected {
+                let got = f64::from(rope.frequencies[*pair]);
+                assert!((got / wanted - 1.0).abs() < 3e-7, "{head_dim}, pair {pair}: {got}, expected {wanted}");
+            }
+        }
+    }
+
+    #[test]
     fn llama3_divides_long_waves_only() {
         let divisors = llama3_divisors(5e5, 128, 8.0, [1.0, 4.0], 8192.0);
         assert_eq!((divisors[0], divisors[63]), (1.0, 8.0));

@@ -4,7 +4,7 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help build demo test lint deny bench bench-model
+.PHONY: help build demo test lint deny bench bench-model check-reference
 
 help:
 	@echo "make demo   build, bring two models, run a whole cluster on this machine, write a report"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint   every gate: format, clippy, rustdoc, the parts that must build alone, licences"
 	@echo "make build  the three programs, in $(RELEASE)"
 	@echo "make bench  speed and memory of the models on this machine"
+	@echo "make check-reference  every K, V and logit of two models against transformers' (minutes, 7 GB)"
 
 # One program a command: the agent is built without ML in it, and stays so.
 build:
@@ -58,3 +59,7 @@ bench: bench-model
 bench-model:
 	$(CARGO) build --release --locked -p worker --bin bonepile-executor --no-default-features --features executor
 	python3 tests/bench/model.py $(RELEASE)/bonepile-executor
+
+# Full tensors are made once, below the user's cache; transformers comes from a package the first time.
+check-reference:
+	python3 tests/reference/check.py $(CARGO)

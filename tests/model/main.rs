@@ -1,6 +1,7 @@
 //! Tests of the model layer, one binary.
 //!
 //! - `reference`: the two real models against independently computed numbers; skipped where the files are absent.
+//! - `full`: the same in full, every path; run by `make check-reference`.
 //! - `stored`: weights as stored against the f32 path, on both real models.
 //! - `families`: every family on tiny random models written by `tiny`: prefill, caches, moves, packets.
 //! - `bits`: packed caches on both real models; skipped where the files are absent.
@@ -21,6 +22,7 @@ mod checkpoints;
 mod damage;
 mod experiments;
 mod families;
+mod full;
 mod gradients;
 mod reference;
 mod stored;

@@ -86,7 +86,7 @@ pub struct Hello {
     pub epoch: UnixMillis,
     /// Its devices.
     pub devices: Vec<Device>,
-    /// Catalogue names of the models on this box.
+    /// Names by which models are found on this box, but for paths ([`crate::model_name`]).
     pub models: Vec<String>,
     /// Attempts it runs or has finished and not yet settled.
     pub held: Vec<HeldSeat>,
@@ -140,7 +140,7 @@ pub struct SeatFinished {
     pub outputs: Vec<Output>,
     /// What it took.
     pub usage: Usage,
-    /// `sha256:…` of each model used, by catalogue name.
+    /// `sha256:…` of each model used, by its name in the spec.
     pub models: Vec<(String, String)>,
     /// [`crate::BUILD`] of the executor.
     pub build: String,

@@ -57,7 +57,7 @@ pub struct RunSeat {
 /// A model on this box.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelFile {
-    /// Catalogue name.
+    /// As the spec names it.
     pub name: String,
     /// File or directory.
     pub path: String,
@@ -112,7 +112,7 @@ pub struct Finished {
     pub outputs: Vec<(String, String)>,
     /// Peak memory of this process on its device, bytes.
     pub memory_peak_bytes: u64,
-    /// `sha256:…` of each model used, by catalogue name.
+    /// `sha256:…` of each model used, by its name in the spec.
     pub models: Vec<(String, String)>,
 }
 

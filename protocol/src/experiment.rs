@@ -23,7 +23,7 @@ impl ShardSpec {
         }
     }
 
-    /// Catalogue names of the models that every seat must have.
+    /// Names of the models that every seat must have.
     pub fn models(&self) -> Vec<&str> {
         match self {
             Self::Inspect(spec) => vec![&spec.model],
@@ -95,7 +95,7 @@ impl std::fmt::Display for LayerSelection {
 /// Parameters of a shard of kind `inspect`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct InspectSpec {
-    /// Catalogue name of the model.
+    /// Name of the model ([`crate::model_name`]).
     pub model: String,
     /// Layers reported.
     pub layers: LayerSelection,
@@ -108,7 +108,7 @@ pub struct InspectSpec {
 /// Parameters of a shard of kind `transfer`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TransferSpec {
-    /// Catalogue name of the model, source and target alike.
+    /// Name of the model ([`crate::model_name`]), source and target alike.
     pub model: String,
     /// Index of the first fact.
     pub first_fact: u32,

@@ -1,12 +1,13 @@
 //! What bonepile's coordinator and workers agree on.
 //!
-//! Pure by default: no tokio, no quinn, no candle, no SQLite. The two optional features add what both sides would otherwise
-//! write twice: `quic` (endpoint settings, certificates, framed streams) and `models` (bringing known models to a box).
+//! Pure by default: no tokio, no quinn, no candle, no SQLite. Optional features add what both sides would otherwise write
+//! twice: `quic` (endpoint settings, certificates, framed streams), `models` (the models on a box, bringing known ones) and
+//! `hub` (bringing others from Hugging Face's hub).
 //!
 //! Layout:
 //! - [`ids`], [`time`], [`limits`], [`error`]: the words everything else is made of.
 //! - [`experiment`], [`sweep`], [`results`]: what researchers submit and what they get.
-//! - [`hardware`], [`catalogue`]: devices, and the models known by name.
+//! - [`hardware`], [`catalogue`], [`model_name`]: devices, the models known by name, and how any model is named.
 //! - [`frame`], [`control`], [`peer`], [`exec`]: the three conversations and their one codec.
 //! - [`packet`]: a cache on the wire or on disk.
 //! - [`identity`]: roles, join tokens, names in certificates. [`private_file`]: where their secrets lie.
@@ -24,6 +25,7 @@ pub mod hardware;
 pub mod identity;
 pub mod ids;
 pub mod limits;
+pub mod model_name;
 #[cfg(feature = "models")]
 pub mod models;
 pub mod packet;

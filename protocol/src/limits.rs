@@ -24,6 +24,8 @@ pub const SWEEP_BYTES_MAX: usize = 1 << 20;
 pub const SHARDS_PER_RUN_MAX: usize = 100_000;
 /// Largest text taken from a worker (host name, error, note), bytes; longer is cut.
 pub const WORKER_TEXT_BYTES_MAX: usize = 4096;
+/// Most names of models that a worker reports: with names of usual length they take a third of a greeting.
+pub const MODEL_NAMES_MAX: usize = 1_000;
 /// Most devices a worker may report.
 pub const DEVICES_PER_WORKER_MAX: usize = 64;
 

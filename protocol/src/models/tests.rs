@@ -195,7 +195,51 @@ fn finds_models_by_catalogue_name_and_by_file_name() {
     File::create(models.path(known)).unwrap().set_len(5).unwrap();
     assert!(matches!(models.locate(known.name), Err(ModelError::Corrupt { .. })));
     assert!(matches!(models.locate(MODELS[1].name), Err(ModelError::Missing { .. })));
-    for name in ["../own.gguf", "/etc/passwd", "smollm"] {
-        assert!(matches!(models.locate(name), Err(ModelError::Unknown { .. })), "{name}");
+    assert!(matches!(models.locate("other.gguf"), Err(ModelError::Missing { .. })));
+    assert!(matches!(models.locate("smollm"), Err(ModelError::Unknown { .. })));
+    for name in ["../own.gguf", "/etc/../etc/passwd", "a/b/c"] {
+        assert!(matches!(models.locate(name), Err(ModelError::BadName { .. })), "{name}");
+    }
+}
+
+#[test]
+fn finds_models_by_path() {
+    let directory = tempfile::tempdir().unwrap();
+    let models = ModelsDir::at(directory.path().join("models"));
+    let (file, folder) = (directory.path().join("x.gguf"), directory.path().join("folder"));
+    let named = |path: &Path| path.to_str().unwrap().to_owned();
+    let error = models.locate(&named(&file)).unwrap_err();
+    assert!(matches!(error, ModelError::Missing { .. }), "{error}");
+    assert_eq!(error.hint().unwrap(), format!("copy it to {} on that box, or name a model of the hub", file.display()));
+    fs::write(&file, "GGUF").unwrap();
+    fs::create_dir(&folder).unwrap();
+    assert_eq!(models.locate(&named(&file)).unwrap(), (file.clone(), None));
+    // `printf GGUF | sha256sum`
+    let fingerprint = "sha256:b83633aa785344791618f2fddf131b010ea04912a60430760b070bad293f65bd";
+    assert_eq!(models.verify_named(&named(&file)).unwrap().fingerprint, fingerprint);
+    let error = models.locate(&named(&folder)).unwrap_err();
+    assert!(matches!(error, ModelError::BadName { source: NameError::NoModel, .. }), "{error}");
+    fs::write(folder.join("config.json"), "{}").unwrap();
+    assert_eq!(models.locate(&named(&folder)).unwrap().0, folder);
+    assert_eq!(models.answers_to(), Vec::<String>::new(), "nobody can list every path");
+}
+
+#[test]
+fn a_full_disk_is_told_with_what_helps() {
+    let full = |kind| ModelError::io("write", Path::new("/models/x"))(io::Error::from(kind)).hint();
+    let hint = full(io::ErrorKind::StorageFull).unwrap();
+    assert!(hint.contains(MODELS_VARIABLE) && hint.contains("is kept"), "{hint}");
+    assert_eq!(full(io::ErrorKind::QuotaExceeded), Some(hint));
+    assert_eq!(full(io::ErrorKind::PermissionDenied), None);
+}
+
+#[test]
+fn a_missing_model_names_the_command_of_the_box() {
+    let models = ModelsDir::at("/nonexistent");
+    let error = |name: &str| models.locate(name).unwrap_err();
+    assert_eq!(error("gemma-3-270m").hint().unwrap(), "bring it with `bonepile models pull gemma-3-270m`");
+    for name in ["gemma-3-270m", "Qwen/Qwen3-0.6B", "o/n@main:q/x.gguf"] {
+        let expected = format!("bring it with `bonepile-worker models pull {name}`");
+        assert_eq!(error(name).hint_on_worker().unwrap(), expected);
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! Decides nothing: an event that does not fit the state is an error that names both, and the state is left as it was.
 
-use protocol::control::Retry;
+use protocol::control::{FailureKind, Retry};
 use protocol::ids::{AttemptId, Role, RunId, ShardId, TokenId, WorkerId};
+use protocol::model_name::is_path;
 
 use super::event::{AttemptPlaced, Event, PlacedSeat, Record, Report, RunAccepted, SeatCompleted, TokenCreated};
 use super::state::{Attempt, AttemptState, Outcome, Run, Seat, Shard, State, Token, Worker};
@@ -70,7 +71,7 @@ impl State {
             Event::ShardCommitted { attempt } => self.shard_committed(*attempt, record),
             Event::AttemptFailed { attempt, role, failure } => {
                 let state = AttemptState::Failed { role: *role, failure: failure.clone() };
-                self.attempt_failed(*attempt, state, failure.kind.retry(), record)
+                self.attempt_failed(*attempt, state, self.retry_after(attempt.shard, failure.kind), record)
             }
             Event::AttemptResumed { attempt } => self.attempt_resumed(*attempt),
             Event::ShardRequeued { shard, not_before } => {
@@ -251,6 +252,15 @@ impl State {
         attempt.state = AttemptState::Committed;
         attempt.ended_at = Some(record.at);
         self.set_state(id.shard, ShardState::Committed)
+    }
+
+    /// What a failure means for the shard. Where a path is, is found by trying: a worker that lacks it is no failed try.
+    pub(super) fn retry_after(&self, shard: ShardId, kind: FailureKind) -> Retry {
+        let searched = self.shard(shard).is_some_and(|shard| shard.spec.models().into_iter().any(is_path));
+        match kind {
+            FailureKind::ModelMissing if searched => Retry::Free,
+            other => other.retry(),
+        }
     }
 
     fn attempt_failed(

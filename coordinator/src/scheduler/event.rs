@@ -276,7 +276,7 @@ pub struct SeatCompleted {
     pub outputs: Vec<Output>,
     /// What it took.
     pub usage: Usage,
-    /// `sha256:…` of each model used, by catalogue name.
+    /// `sha256:…` of each model used, by its name in the spec.
     pub models: Vec<(String, String)>,
     /// Build of the executor.
     pub build: String,

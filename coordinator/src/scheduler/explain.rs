@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use protocol::control::FailureKind;
 use protocol::experiment::Spread;
 use protocol::ids::{AttemptId, ShardId, WorkerId};
+use protocol::model_name::ModelName;
 
 use super::machine::Scheduler;
 use super::placement::{Board, Need, World};
@@ -152,7 +153,12 @@ fn change(need: &Need<'_>, devices: &[Rated]) -> String {
     let mut ways = BTreeSet::new();
     for rated in devices {
         match &rated.reason {
-            Reason::ModelAbsent { model } => ways.insert(format!("bring {model} to one more worker")),
+            Reason::ModelAbsent { model } => ways.insert(match model.parse() {
+                Ok(ModelName::Known(_) | ModelName::Hub(_)) => {
+                    format!("bring {model} to one more worker (`bonepile-worker models pull {model}`, then restart it)")
+                }
+                _ => format!("copy {model} to one more worker and restart it"),
+            }),
             Reason::BudgetTooSmall { need_bytes, .. } => {
                 ways.insert(format!("raise a device's budget to {}", Bytes(*need_bytes)))
             }

@@ -135,6 +135,8 @@ impl Scheduler {
         let wait_ms = match kind {
             // The silence was wait enough.
             FailureKind::LeaseExpired => 0,
+            // The worker is known to lack the model now, and another may have it.
+            FailureKind::ModelMissing if self.state.retry_after(id, kind) == Retry::Free => 0,
             _ => RETRY_BACKOFF_MS << (failures - 1).min(RETRY_BACKOFF_DOUBLINGS_MAX),
         };
         self.emit(Event::ShardRequeued { shard: id, not_before: self.now.plus_ms(wait_ms) });

@@ -41,7 +41,7 @@ pub enum Reason {
     },
     /// The worker does not have a model.
     ModelAbsent {
-        /// Catalogue name.
+        /// As the spec names it.
         model: String,
     },
     /// Even empty it has too little memory for bonepile.

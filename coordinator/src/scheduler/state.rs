@@ -9,6 +9,7 @@ use protocol::control::{Failure, FailureKind, Output, Usage};
 use protocol::experiment::ShardSpec;
 use protocol::hardware::{Device, DeviceKind};
 use protocol::ids::{AttemptId, DeviceRef, Fence, Role, RunId, ShardId, TokenId, WorkerId};
+use protocol::model_name::is_path;
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
@@ -94,10 +95,10 @@ impl Worker {
         self.report.as_ref().map_or(&[], |report| &report.devices)
     }
 
-    /// Whether it has the model, as far as known.
+    /// Whether it has the model, as far as known. What lies at a path of its box is known to nobody before it is tried.
     pub fn has_model(&self, model: &str) -> bool {
         let reported = self.report.as_ref().is_some_and(|report| report.models.iter().any(|known| known == model));
-        reported && !self.missing_models.contains(model)
+        (reported || is_path(model)) && !self.missing_models.contains(model)
     }
 }
 
@@ -210,7 +211,7 @@ pub struct Outcome {
     pub outputs: Vec<Output>,
     /// What it took.
     pub usage: Usage,
-    /// `sha256:…` of each model used, by catalogue name.
+    /// `sha256:…` of each model used, by its name in the spec.
     pub models: Vec<(String, String)>,
     /// Build of the executor.
     pub build: String,

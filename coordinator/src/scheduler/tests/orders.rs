@@ -149,7 +149,8 @@ fn explain_tells_what_would_have_to_change() {
         lab.sentence(shard(run, 0)),
         "cannot run as things are: needs 1.3 GB each on 2 workers at once with smollm2-135m-instruct; only w1/cpu \
          qualifies (w2/cpu: its worker lacks the model smollm2-135m-instruct); it can if you bring \
-         smollm2-135m-instruct to one more worker or join another worker or submit with spread = \"devices\""
+         smollm2-135m-instruct to one more worker (`bonepile-worker models pull smollm2-135m-instruct`, then restart it) \
+         or join another worker or submit with spread = \"devices\""
     );
     let explained = lab.scheduler.explain(shard(run, 0)).unwrap();
     let verdicts: Vec<_> = explained.devices.iter().map(|rated| rated.reason.verdict()).collect();

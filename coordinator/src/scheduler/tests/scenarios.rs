@@ -159,6 +159,45 @@ fn a_model_that_turns_out_missing_is_not_looked_for_there_until_the_next_greetin
 }
 
 #[test]
+fn a_path_is_looked_for_box_by_box_and_no_box_without_it_counts_as_a_try() {
+    let mut lab = Lab::new();
+    let mut workers = Vec::new();
+    for _ in 0..6 {
+        let worker = lab.join();
+        lab.boxes.get_mut(&worker).unwrap().budget = 8 * GB;
+        lab.connect(worker).unwrap();
+        lab.beat(worker);
+        workers.push(worker);
+    }
+    let run = lab.submit(vec![inspect("/data/x.gguf")]);
+    let has_it = workers[5];
+    let mut asked = std::collections::BTreeSet::new();
+    loop {
+        let (attempt, seats) = lab.open(shard(run, 0));
+        assert!(asked.insert(seats[0]), "{} was asked twice", seats[0]);
+        if seats[0] == has_it {
+            assert!(lab.finish(has_it, attempt, Role::Main));
+            break;
+        }
+        lab.fail(seats[0], attempt, Role::Main, FailureKind::ModelMissing);
+    }
+    assert_eq!(asked.len(), 6, "it was on the last of them");
+    assert_eq!(lab.shard_state(shard(run, 0)), ShardState::Committed);
+    assert_eq!(lab.state().shard(shard(run, 0)).unwrap().tries, 0);
+
+    // Where nobody has it, the shard waits and says what would help.
+    let run = lab.submit(vec![inspect("/data/y.gguf")]);
+    for _ in &workers {
+        let (attempt, seats) = lab.open(shard(run, 0));
+        lab.fail(seats[0], attempt, Role::Main, FailureKind::ModelMissing);
+    }
+    assert_eq!(lab.shard_state(shard(run, 0)), ShardState::Waiting);
+    let sentence = lab.sentence(shard(run, 0));
+    assert!(sentence.starts_with("cannot run as things are"), "{sentence}");
+    assert!(sentence.contains("copy /data/y.gguf to one more worker and restart it"), "{sentence}");
+}
+
+#[test]
 fn a_silent_workers_shard_goes_elsewhere_and_its_late_result_is_fenced() {
     let mut lab = Lab::new();
     let one = lab.online();

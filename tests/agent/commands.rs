@@ -5,11 +5,18 @@ use std::process::{Command, Output};
 use protocol::identity::{JoinToken, Secret};
 use protocol::ids::TokenId;
 
-struct Bench(tempfile::TempDir);
+use crate::server::{TestHub, large, noise, sha256};
+
+struct Bench(tempfile::TempDir, String);
 
 impl Bench {
+    /// A box for which nobody answers in the hub's place.
     fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        Self(tempfile::tempdir().unwrap(), "http://127.0.0.1:1".to_owned())
+    }
+
+    fn with_hub(self, hub: &TestHub) -> Self {
+        Self(self.0, hub.endpoint())
     }
 
     fn run(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
@@ -18,6 +25,10 @@ impl Bench {
             .env("BONEPILE_WORKER_STATE", self.0.path().join("state"))
             .env("BONEPILE_MODELS", self.0.path().join("models"))
             .env("BONEPILE_NVML", "/nonexistent")
+            .env("HF_ENDPOINT", &self.1)
+            .env("HF_HOME", self.0.path().join("hf"))
+            .env_remove("HF_TOKEN")
+            .env_remove("HF_TOKEN_PATH")
             .output()
             .unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -105,6 +116,33 @@ fn models_are_listed_and_unknown_ones_refused() {
     let (code, _, stderr) = bench.run(&["models", "verify", "gemma-3-270m"]);
     assert_eq!(code, Some(1));
     assert!(stderr.contains("model gemma-3-270m is not on this box"), "{stderr}");
+}
+
+#[test]
+fn a_model_of_the_hub_is_pulled_listed_and_verified() {
+    let hub = TestHub::start();
+    let commit = "1".repeat(40);
+    hub.commit("o/n", "main", &commit, vec![large("a.gguf", noise(1000, 1))]);
+    let bench = Bench::new().with_hub(&hub);
+    let (code, stdout, stderr) = bench.run(&["models", "pull", "o/n", "--json"]);
+    assert_eq!((code, stderr.as_str()), (Some(0), ""));
+    let document: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    let fingerprint = format!("sha256:{}", sha256(&noise(1000, 1)));
+    assert_eq!(document["models"][0]["fingerprint"], fingerprint.as_str());
+    let (_, stdout, _) = bench.run(&["models", "list"]);
+    assert!(stdout.contains(&format!("o/n@{commit}:a.gguf")) && stdout.contains("present, from the hub"), "{stdout}");
+    assert_eq!(bench.run(&["models", "verify"]).0, Some(0));
+    let path = document["models"][0]["path"].as_str().unwrap();
+    std::fs::write(path, noise(1000, 2)).unwrap();
+    let (code, _, stderr) = bench.run(&["models", "verify"]);
+    assert!(code == Some(1) && stderr.contains("is corrupt"), "{stderr}");
+
+    let (code, _, stderr) = bench.run(&["models", "pull", "o/other"]);
+    assert_eq!(code, Some(1));
+    assert!(stderr.starts_with("error: the hub has no model o/other, or keeps it private\nhint: "), "{stderr}");
+    let (code, _, stderr) = bench.run(&["models", "pull", "o/n:readme.md"]);
+    assert_eq!(code, Some(2));
+    assert!(stderr.starts_with("error: no model can be called `o/n:readme.md`: `readme.md` is no file"), "{stderr}");
 }
 
 #[test]

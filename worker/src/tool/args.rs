@@ -23,7 +23,7 @@ pub enum ModelCommand {
 /// Which model, and how it is held.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A GGUF file, or a name of the catalogue.
+    /// A GGUF file, a directory with config.json, or a model's name as in sweeps.
     pub model: String,
     /// Models directory [default: `$BONEPILE_MODELS`, else the user's cache].
     #[arg(long, value_name = "DIR")]

@@ -8,3 +8,6 @@ mod cluster;
 mod faults;
 mod kill;
 mod refusals;
+#[path = "../hub/server.rs"]
+mod server;
+mod sources;

@@ -3,6 +3,7 @@
 //! Canonical layout everywhere: `[H_kv, T, D]` row-major f32, RoPE pairs (i, i + D/2).
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::error::CacheError;
@@ -237,8 +238,16 @@ impl KvCache {
     /// # Errors
     /// [`CacheError::Fingerprint`], [`CacheError::Layout`], [`CacheError::MissingLayer`].
     pub fn check_fits(&self, layout: &CacheLayout) -> Result<(), CacheError> {
+        self.check_fits_layers(layout, 0..layout.layers.len())
+    }
+
+    /// The same for a part of a model, which needs only these layers.
+    ///
+    /// # Errors
+    /// As [`KvCache::check_fits`].
+    pub fn check_fits_layers(&self, layout: &CacheLayout, mut layers: Range<usize>) -> Result<(), CacheError> {
         layout.accept(&self.layout)?;
-        match (0..layout.layers.len()).find(|layer| !self.layers.contains_key(layer)) {
+        match layers.find(|layer| !self.layers.contains_key(layer)) {
             None => Ok(()),
             Some(layer) => Err(CacheError::MissingLayer { layer }),
         }

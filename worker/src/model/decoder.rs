@@ -1,13 +1,16 @@
 //! The decoder of all families: embedding, blocks of attention and MLP, final norm, head.
 //!
-//! One path, f32 on the CPU: the reference that faster paths are held against. Shapes: T new tokens, S columns seen in
-//! all, H heads, H_kv key-value heads, G = H / H_kv, D head dimension, C hidden width. No batch axis.
+//! Two paths over the same weights. Here, tensors in f32: the reference that faster paths are held against. In `stored`, plain
+//! slices and weights as stored. Shapes: T new tokens, S columns seen in all, H heads, H_kv key-value heads, G = H / H_kv, D
+//! head dimension, C hidden width. No batch axis: new tokens of several sequences follow each other in T, each sequence with
+//! the number it has, and only attention tells them apart.
 //!
 //! The order of columns decides what comes before what; positions decide rotation and the reach of a window. So a cache
 //! injected with a gap, or moved, is seen whole, as it would be by a model that had read it there.
 //!
 //! Papers: Llama (arXiv 2302.13971), RoPE (2104.09864), GQA (2305.13245), Qwen3 (2505.09388), Gemma 3 (2503.19786).
 
+mod stored;
 mod tracked;
 
 pub(crate) use tracked::check_adapters;
@@ -23,7 +26,7 @@ use super::family::Activation;
 use super::linear::Linear;
 use super::names::Part;
 use super::table::RowTable;
-use super::weights::{WeightError, Weights};
+use super::weights::{Precision, WeightError, Weights};
 
 /// A tensor that a pass can show while it computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,9 +57,28 @@ pub enum Logits {
     All,
 }
 
+/// The new columns of one sequence.
+#[derive(Debug)]
+pub(crate) struct Segment<'a> {
+    pub(crate) context: &'a mut Context,
+    /// Their ids. None: what comes in are hidden states of unknown text.
+    pub(crate) tokens: Option<&'a [u32]>,
+    pub(crate) positions: &'a [i64],
+}
+
+/// What a pass gives.
+#[derive(Debug, Default)]
+pub(crate) struct Passed {
+    /// The residual stream behind the last layer run, `[T, C]`, if that is not the model's last.
+    pub(crate) hidden: Option<Vec<f32>>,
+    /// A row a token asked for, `[vocabulary]` each; none if the pass stops before the model's last layer.
+    pub(crate) logits: Vec<Vec<f32>>,
+}
+
 /// The weights of a model, ready to run.
 #[derive(Debug)]
 pub(crate) struct Decoder {
+    precision: Precision,
     embedding: RowTable,
     blocks: Vec<Block>,
     norm: Norm,
@@ -100,6 +122,8 @@ struct Mlp {
 #[derive(Debug)]
 struct Norm {
     weight: Tensor,
+    /// The same numbers.
+    values: Vec<f32>,
     epsilon: f32,
 }
 
@@ -117,40 +141,69 @@ struct Setting {
     /// `[T, D/2]` each.
     cosines: Tensor,
     sines: Tensor,
-    /// `[T, S]`, 0 or -inf; None if every column is visible to every token.
-    mask: Option<Tensor>,
+    /// One a sequence: `[T, S]` of its own tokens, 0 or -inf; None if every column is visible to every token.
+    masks: Vec<Option<Tensor>>,
 }
 
 impl Decoder {
-    /// Runs `tokens` at `positions` after what `context` holds, and adds them to it.
+    /// Runs the new tokens of each segment after what its context holds, through the layers that the contexts hold, and adds
+    /// them to the contexts. `hidden`: the residual stream that enters the first of these layers, `[T, C]`; None for the
+    /// tokens' embeddings.
     ///
-    /// Callers have checked ids, positions and that both have the same length, at least 1.
+    /// Callers have checked ids, positions, lengths (at least 1 each), and that all contexts hold the same layers. With an
+    /// observer there is one segment.
     pub(crate) fn forward(
         &self,
         config: &ModelConfig,
-        context: &mut Context,
-        tokens: &[u32],
-        positions: &[i64],
+        segments: &mut [Segment<'_>],
+        hidden: Option<&[f32]>,
         logits: Logits,
         observer: Option<&mut Observer<'_>>,
-    ) -> Result<Option<Tensor>> {
-        let mut pass = Pass::new(config, &context.positions, positions, observer)?;
-        let mut x = (self.embedding.lookup(tokens)? * self.embedding_scale)?;
-        for (index, (block, buffers)) in self.blocks.iter().zip(&mut context.layers).enumerate() {
-            x = block.forward(&x, index, buffers, &mut pass)?;
+    ) -> Result<Passed> {
+        let passed = match self.precision {
+            Precision::F32 => self.forward_tensors(config, segments, hidden, logits, observer)?,
+            Precision::Stored => self.forward_stored(config, segments, hidden, logits, observer)?,
+        };
+        for segment in segments {
+            segment.context.positions.extend_from_slice(segment.positions);
+            match (&mut segment.context.tokens, segment.tokens) {
+                (Some(known), Some(tokens)) => known.extend_from_slice(tokens),
+                (known, _) => *known = None,
+            }
+        }
+        Ok(passed)
+    }
+
+    fn forward_tensors(
+        &self,
+        config: &ModelConfig,
+        segments: &mut [Segment<'_>],
+        hidden: Option<&[f32]>,
+        logits: Logits,
+        observer: Option<&mut Observer<'_>>,
+    ) -> Result<Passed> {
+        let places: Vec<_> =
+            segments.iter().map(|segment| (&segment.context.positions[..], segment.positions)).collect();
+        let mut pass = Pass::new(config, &places, observer)?;
+        let mut x = match hidden {
+            Some(hidden) => Tensor::from_slice(hidden, (hidden.len() / config.hidden, config.hidden), &Device::Cpu)?,
+            None => (self.embedding.lookup(&ids(segments))? * self.embedding_scale)?,
+        };
+        let layers = segments[0].context.layers();
+        for index in layers.clone() {
+            x = self.blocks[index].forward(&x, index, segments, &mut pass)?;
             pass.show(Tap::Residual, index, &x)?;
         }
-        context.positions.extend_from_slice(positions);
-        if let Some(known) = &mut context.tokens {
-            known.extend_from_slice(tokens);
+        if layers.end < self.blocks.len() {
+            return Ok(Passed { hidden: Some(x.flatten_all()?.to_vec1()?), logits: Vec::new() });
         }
-        let x = match logits {
-            Logits::None => return Ok(None),
-            Logits::Last => x.narrow(0, tokens.len() - 1, 1)?,
-            Logits::All => x,
-        };
+        let rows = scored(segments, logits);
+        if rows.is_empty() {
+            return Ok(Passed::default());
+        }
+        let x = x.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
         let x = self.norm.forward(&x)?;
-        self.head.as_ref().unwrap_or(&self.embedding).scores(&x).map(Some)
+        Ok(Passed { hidden: None, logits: self.head.as_ref().unwrap_or(&self.embedding).scores(&x)?.to_vec2()? })
     }
 
     /// Size of the vocabulary.
@@ -159,9 +212,36 @@ impl Decoder {
     }
 }
 
+/// Ids of all new tokens, sequence after sequence.
+fn ids(segments: &[Segment<'_>]) -> Vec<u32> {
+    segments.iter().flat_map(|segment| segment.tokens.unwrap_or_default()).copied().collect()
+}
+
+/// Which rows of `[T, C]` logits are asked for.
+fn scored(segments: &[Segment<'_>], logits: Logits) -> Vec<u32> {
+    let mut rows = Vec::new();
+    let mut end = 0;
+    for segment in segments {
+        let start = end;
+        end += segment.positions.len();
+        match logits {
+            Logits::None => {}
+            Logits::Last => rows.push(end - 1),
+            Logits::All => rows.extend(start..end),
+        }
+    }
+    rows.into_iter().map(|row| row as u32).collect()
+}
+
 impl Block {
-    fn forward(&self, x: &Tensor, index: usize, buffers: &mut LayerBuffers, pass: &mut Pass<'_, '_>) -> Result<Tensor> {
-        let branch = self.attention.forward(&self.attention_norm.forward(x)?, index, buffers, pass)?;
+    fn forward(
+        &self,
+        x: &Tensor,
+        index: usize,
+        segments: &mut [Segment<'_>],
+        pass: &mut Pass<'_, '_>,
+    ) -> Result<Tensor> {
+        let branch = self.attention.forward(&self.attention_norm.forward(x)?, index, segments, pass)?;
         let x = (x + Norm::optional(self.post_attention_norm.as_ref(), branch)?)?;
         let branch = self.mlp.forward(&self.mlp_norm.forward(&x)?)?;
         &x + Norm::optional(self.post_mlp_norm.as_ref(), branch)?
@@ -169,9 +249,14 @@ impl Block {
 }
 
 impl Attention {
-    /// `[T, C]` to `[T, C]`; K (rotated) and V of the new columns go into `buffers`.
-    fn forward(&self, x: &Tensor, index: usize, buffers: &mut LayerBuffers, pass: &mut Pass<'_, '_>) -> Result<Tensor> {
-        let (length, _) = x.dims2()?;
+    /// `[T, C]` to `[T, C]`; K (rotated) and V of the new columns go into the contexts.
+    fn forward(
+        &self,
+        x: &Tensor,
+        index: usize,
+        segments: &mut [Segment<'_>],
+        pass: &mut Pass<'_, '_>,
+    ) -> Result<Tensor> {
         let q = self.heads_of(&self.q.forward(x)?, self.heads, self.q_norm.as_ref())?;
         let k = self.heads_of(&self.k.forward(x)?, self.kv_heads, self.k_norm.as_ref())?;
         let v = self.heads_of(&self.v.forward(x)?, self.kv_heads, None)?;
@@ -179,25 +264,42 @@ impl Attention {
         let setting = pass.setting(index);
         let q = setting.rotate(&q)?;
         let k = setting.rotate(&k)?;
-        buffers.append(&k, &v)?;
-        let (all_k, all_v) = buffers.views()?;
-        let columns = all_k.dim(1)?;
-
-        // The G query heads of a key-value head follow each other, so [H, T, D] is [H_kv, G * T, D].
-        let grouped = (self.kv_heads, self.heads / self.kv_heads * length, self.head_dim);
-        let scores = (q.reshape(grouped)? * self.scale)?.matmul(&all_k.transpose(1, 2)?)?;
-        let scores = scores.reshape((self.heads, length, columns))?;
-        let scores = match &setting.mask {
-            Some(mask) => scores.broadcast_add(mask)?,
-            None => scores,
-        };
-        let probabilities = softmax_last_dim(&scores)?;
+        let masks = setting.masks.clone();
         pass.show(Tap::Key, index, &k)?;
         pass.show(Tap::Value, index, &v)?;
-        pass.show(Tap::Attention, index, &probabilities)?;
-        let mixed = probabilities.reshape((grouped.0, grouped.1, columns))?.matmul(&all_v)?;
-        let mixed = mixed.reshape((self.heads, length, self.head_dim))?.transpose(0, 1)?;
-        self.output.forward(&mixed.reshape((length, self.heads * self.head_dim))?)
+        let mut mixed = Vec::with_capacity(segments.len());
+        let mut start = 0;
+        for (segment, mask) in segments.iter_mut().zip(masks) {
+            let length = segment.positions.len();
+            let of = |x: &Tensor| x.narrow(1, start, length)?.contiguous();
+            let first = segment.context.first_layer;
+            let LayerBuffers::Tensors(buffers) = &mut segment.context.layers[index - first] else {
+                candle_core::bail!("a context on slices met the path on tensors");
+            };
+            buffers.append(&of(&k)?, &of(&v)?)?;
+            let probabilities = self.probabilities(&of(&q)?, &buffers.views()?.0, mask.as_ref())?;
+            pass.show(Tap::Attention, index, &probabilities)?;
+            let (_, all_v) = buffers.views()?;
+            let grouped = (self.kv_heads, self.heads / self.kv_heads * length, all_v.dim(1)?);
+            let heads = probabilities.reshape(grouped)?.matmul(&all_v)?;
+            let heads = heads.reshape((self.heads, length, self.head_dim))?.transpose(0, 1)?;
+            mixed.push(heads.reshape((length, self.heads * self.head_dim))?);
+            start += length;
+        }
+        self.output.forward(&Tensor::cat(&mixed, 0)?)
+    }
+
+    /// softmax(scale q kᵀ + mask), `[H, T, S]`, of one sequence: `q` `[H, T, D]`, `k` `[H_kv, S, D]`.
+    fn probabilities(&self, q: &Tensor, k: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        let (length, columns) = (q.dim(1)?, k.dim(1)?);
+        // The G query heads of a key-value head follow each other, so [H, T, D] is [H_kv, G * T, D].
+        let grouped = (self.kv_heads, self.heads / self.kv_heads * length, self.head_dim);
+        let scores = (q.reshape(grouped)? * self.scale)?.matmul(&k.transpose(1, 2)?)?;
+        let scores = scores.reshape((self.heads, length, columns))?;
+        match mask {
+            Some(mask) => softmax_last_dim(&scores.broadcast_add(mask)?),
+            None => softmax_last_dim(&scores),
+        }
     }
 
     /// `[T, heads * D]` to `[heads, T, D]`, normed over D where there is a norm.
@@ -221,6 +323,10 @@ impl Mlp {
 }
 
 impl Norm {
+    fn new(values: Vec<f32>, epsilon: f32) -> Result<Self> {
+        Ok(Self { weight: Tensor::from_slice(&values, values.len(), &Device::Cpu)?, values, epsilon })
+    }
+
     /// x / rms(x) * weight over the last axis.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         rms_norm(&x.contiguous()?, &self.weight, self.epsilon)
@@ -235,14 +341,15 @@ impl Norm {
 }
 
 impl<'a, 'b> Pass<'a, 'b> {
-    fn new(config: &ModelConfig, before: &[i64], new: &[i64], observer: Option<&'a mut Observer<'b>>) -> Result<Self> {
+    /// `places`: for each sequence, the positions of the columns held and of the new ones.
+    fn new(config: &ModelConfig, places: &[(&[i64], &[i64])], observer: Option<&'a mut Observer<'b>>) -> Result<Self> {
         let mut settings: Vec<Setting> = Vec::new();
         let mut setting_of = Vec::with_capacity(config.layers.len());
         for layer in &config.layers {
             let known = settings.iter().position(|setting| setting.layer == *layer);
             setting_of.push(known.unwrap_or(settings.len()));
             if known.is_none() {
-                settings.push(Setting::new(layer, before, new)?);
+                settings.push(Setting::new(layer, places)?);
             }
         }
         Ok(Self { settings, setting_of, observer })
@@ -261,14 +368,15 @@ impl<'a, 'b> Pass<'a, 'b> {
 }
 
 impl Setting {
-    fn new(layer: &LayerConfig, before: &[i64], new: &[i64]) -> Result<Self> {
-        let (cosines, sines) = layer.rope.table(new);
+    fn new(layer: &LayerConfig, places: &[(&[i64], &[i64])]) -> Result<Self> {
+        let new: Vec<i64> = places.iter().flat_map(|(_, new)| *new).copied().collect();
+        let (cosines, sines) = layer.rope.table(&new);
         let shape = (new.len(), layer.rope.frequencies.len());
         Ok(Self {
             layer: layer.clone(),
             cosines: Tensor::from_vec(cosines, shape, &Device::Cpu)?,
             sines: Tensor::from_vec(sines, shape, &Device::Cpu)?,
-            mask: mask(layer.window, before, new)?,
+            masks: places.iter().map(|(before, new)| mask(layer.window, before, new)).collect::<Result<_>>()?,
         })
     }
 
@@ -298,14 +406,15 @@ fn mask(window: Option<usize>, before: &[i64], new: &[i64]) -> Result<Option<Ten
 impl Decoder {
     /// Takes the weights of `config`'s family out of `weights`, which must hold no others.
     pub(crate) fn load(config: &ModelConfig, mut weights: Weights<'_>) -> std::result::Result<Self, WeightError> {
-        let epsilon = config.epsilon;
+        let precision = weights.precision();
         let blocks = (0..config.layers.len())
             .map(|layer| Block::load(config, &mut weights, layer))
             .collect::<std::result::Result<_, _>>()?;
         let decoder = Self {
+            precision,
             embedding: weights.embedding(config.hidden)?,
             blocks,
-            norm: Norm { weight: weights.norm(Part::OutputNorm, config.hidden)?, epsilon },
+            norm: Norm::new(weights.norm(Part::OutputNorm, config.hidden)?, config.epsilon)?,
             head: weights.head(config.hidden)?,
             embedding_scale: f64::from(config.embedding_scale),
         };
@@ -318,7 +427,7 @@ impl Block {
     fn load(config: &ModelConfig, weights: &mut Weights<'_>, layer: usize) -> std::result::Result<Self, WeightError> {
         let (family, hidden, epsilon) = (config.family, config.hidden, config.epsilon);
         let mut norm = |part, size: usize| -> std::result::Result<Norm, WeightError> {
-            Ok(Norm { weight: weights.norm(part, size)?, epsilon })
+            Ok(Norm::new(weights.norm(part, size)?, epsilon)?)
         };
         let attention_norm = norm(Part::AttentionNorm(layer), hidden)?;
         let mlp_norm = norm(Part::MlpNorm(layer), hidden)?;

@@ -163,6 +163,31 @@ pub enum ModelError {
         /// Positions given.
         positions: usize,
     },
+    /// Layers that the model does not have.
+    #[error("layers {start}..{end} of a model with {count}")]
+    Layers {
+        /// The first asked for.
+        start: usize,
+        /// The one after the last.
+        end: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// A context of some layers was run as if it held others: tokens enter at layer 0, hidden states at any other, and only a
+    /// context of all layers goes from tokens to logits at once.
+    #[error("a context of layers {}..{} cannot be run this way", layers.start, layers.end)]
+    Part {
+        /// The layers it holds.
+        layers: std::ops::Range<usize>,
+    },
+    /// Hidden states of another shape than positions and model ask for.
+    #[error("{got} numbers of hidden states, expected {expected}")]
+    Hidden {
+        /// Positions times width.
+        expected: usize,
+        /// Given.
+        got: usize,
+    },
     /// A cache could not be injected.
     #[error("inject a cache")]
     Cache(#[from] crate::cache::CacheError),

@@ -6,9 +6,9 @@
 //! in which a decoder applies them (`decoder::tracked`).
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 use super::quant::{Kernel, QuantMatrix};
+use super::team::team;
 
 /// `x Wᵀ` for `x` `[T, inputs]` and a frozen `W` `[outputs, inputs]`: dense f32.
 pub(crate) fn frozen_dense(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
@@ -123,7 +123,8 @@ impl CustomOp1 for RmsNorm {
             candle_core::bail!("{:?} normed by {width} factors", layout.shape());
         }
         let mut y = vec![0_f32; x.len()];
-        y.par_chunks_mut(width).zip(x.par_chunks(width)).for_each(|(y, x)| {
+        team().chunks(&mut y, width, |row, y| {
+            let x = &x[row * width..][..width];
             let factor = self.factor(x);
             for ((y, x), weight) in y.iter_mut().zip(x).zip(&self.weight) {
                 *y = x * factor * weight;
@@ -136,7 +137,8 @@ impl CustomOp1 for RmsNorm {
     fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
         let width = self.weight.len();
         let (values, mut result) = (numbers(x)?, numbers(gradient)?);
-        result.par_chunks_mut(width).zip(values.par_chunks(width)).for_each(|(gradient, x)| {
+        team().chunks(&mut result, width, |row, gradient| {
+            let x = &values[row * width..][..width];
             let factor = self.factor(x);
             let weighted = x.iter().zip(gradient.iter()).zip(&self.weight).map(|((x, dy), w)| x * dy * w);
             let common = weighted.sum::<f32>() * factor * factor * factor / width as f32;
@@ -161,7 +163,7 @@ impl Rotation {
         if self.cosines.len() != count * half {
             candle_core::bail!("{shape:?} turned by {} angles", self.cosines.len());
         }
-        x.par_chunks_mut(width).enumerate().for_each(|(row, x)| {
+        team().chunks(x, width, |row, x| {
             let start = row % count * half;
             let (low, high) = x.split_at_mut(half);
             for pair in 0..half {
@@ -209,7 +211,7 @@ impl CustomOp1 for Softmax {
             candle_core::bail!("{:?} under a mask of another size", layout.shape());
         }
         let mut y = slice(storage, layout)?.to_vec();
-        y.par_chunks_mut(width).enumerate().for_each(|(row, y)| {
+        team().chunks(&mut y, width, |row, y| {
             let mask = self.mask.as_ref().map(|mask| &mask[row % count * width..][..width]);
             let mut largest = f32::NEG_INFINITY;
             for (column, y) in y.iter_mut().enumerate() {
@@ -230,7 +232,8 @@ impl CustomOp1 for Softmax {
     fn bwd(&self, x: &Tensor, y: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
         let (_, _, width) = x.dims3()?;
         let (y, mut result) = (numbers(y)?, numbers(gradient)?);
-        result.par_chunks_mut(width).zip(y.par_chunks(width)).for_each(|(gradient, y)| {
+        team().chunks(&mut result, width, |row, gradient| {
+            let y = &y[row * width..][..width];
             let common: f32 = gradient.iter().zip(y).map(|(dy, y)| dy * y).sum();
             for (dy, y) in gradient.iter_mut().zip(y) {
                 *dy = self.scale * y * (*dy - common);

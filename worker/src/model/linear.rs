@@ -4,10 +4,11 @@
 //! f32 or as the file stores them; activations and results are f32 always.
 
 use candle_core::{Device, Result, Storage, Tensor};
-use rayon::prelude::*;
 
 use super::grad;
 use super::quant::{Kernel, QuantMatrix};
+use super::team::team;
+use super::vector::dot;
 
 /// Weight rows that one thread takes at a time.
 const ROWS_PER_TASK: usize = 64;
@@ -17,6 +18,8 @@ const ROWS_PER_TASK: usize = 64;
 pub(crate) struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
+    /// The same numbers.
+    bias_values: Vec<f32>,
 }
 
 #[derive(Debug, Clone)]
@@ -28,14 +31,22 @@ enum Weight {
 }
 
 impl Linear {
-    /// From a weight `[outputs, inputs]` and a bias `[outputs]`, both f32.
-    pub(crate) fn dense(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight: Weight::Dense(weight), bias }
+    /// From a weight `[outputs, inputs]` and a bias `[outputs]`, both f32; an empty bias is none.
+    pub(crate) fn dense(weight: Tensor, bias: Vec<f32>) -> Result<Self> {
+        Self::new(Weight::Dense(weight), bias)
     }
 
-    /// From a weight `[outputs, inputs]` as stored and a bias `[outputs]` in f32.
-    pub(crate) fn stored(matrix: QuantMatrix, kernel: Kernel, bias: Option<Tensor>) -> Self {
-        Self { weight: Weight::Stored { matrix, kernel }, bias }
+    /// From a weight `[outputs, inputs]` as stored and a bias `[outputs]` in f32; an empty bias is none.
+    pub(crate) fn stored(matrix: QuantMatrix, kernel: Kernel, bias: Vec<f32>) -> Result<Self> {
+        Self::new(Weight::Stored { matrix, kernel }, bias)
+    }
+
+    fn new(weight: Weight, bias_values: Vec<f32>) -> Result<Self> {
+        let bias = match bias_values.is_empty() {
+            true => None,
+            false => Some(Tensor::from_slice(&bias_values, bias_values.len(), &Device::Cpu)?),
+        };
+        Ok(Self { weight, bias, bias_values })
     }
 
     /// `[T, inputs]` to `[T, outputs]`.
@@ -56,6 +67,14 @@ impl Linear {
 }
 
 impl Linear {
+    /// The weight as stored, if it is, and the bias (empty: none).
+    pub(crate) fn parts(&self) -> Option<(&QuantMatrix, &[f32])> {
+        match &self.weight {
+            Weight::Stored { matrix, .. } => Some((matrix, &self.bias_values)),
+            Weight::Dense(_) => None,
+        }
+    }
+
     /// As [`Linear::forward`], exact on stored weights too, with a gradient for `x`.
     pub(crate) fn tracked(&self, x: &Tensor) -> Result<Tensor> {
         let y = match &self.weight {
@@ -83,27 +102,12 @@ fn one_row(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     }
     let weight = &storage.as_slice::<f32>()?[start..end];
     let mut y = vec![0.0_f32; outputs];
-    let tasks = weight.par_chunks(ROWS_PER_TASK * inputs).zip(y.par_chunks_mut(ROWS_PER_TASK));
-    tasks.for_each(|(rows, y)| {
-        for (row, y) in rows.chunks_exact(inputs).zip(y) {
+    team().chunks(&mut y, ROWS_PER_TASK, |task, y| {
+        for (row, y) in weight[task * ROWS_PER_TASK * inputs..].chunks_exact(inputs).zip(y) {
             *y = dot(row, &x);
         }
     });
     Tensor::from_vec(y, (1, outputs), &Device::Cpu)
-}
-
-/// Inner product with sixteen running sums, which compilers turn into vector code.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0_f32; 16];
-    let (a_chunks, a_tail) = a.as_chunks::<16>();
-    let (b_chunks, b_tail) = b.as_chunks::<16>();
-    for (x, y) in a_chunks.iter().zip(b_chunks) {
-        for lane in 0..16 {
-            sums[lane] += x[lane] * y[lane];
-        }
-    }
-    let tail: f32 = a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum();
-    sums.iter().sum::<f32>() + tail
 }
 
 /// `x Wᵀ` for `x` `[T, inputs]` and a stored `W` `[outputs, inputs]`.

@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::config::{ConfigError, ModelConfig, family_of};
-use super::context::{Context, LayerBuffers};
-use super::decoder::{Adapters, Decoder, Logits, Observer, TrackedCache, check_adapters};
+use super::context::{CachePrecision, Context, LayerBuffers, SliceBuffers, TensorBuffers};
+use super::decoder::{Adapters, Decoder, Logits, Observer, Segment, TrackedCache, check_adapters};
 use super::error::ModelError;
 use super::gguf::{Gguf, GgufError, TensorInfo};
 use super::hf::Checkpoint;
@@ -18,7 +19,7 @@ use super::hf::config::Settings;
 use super::names::Part;
 use super::tokenizer::{BuildError, Tokenizer};
 use super::weights::{Precision, Source, WeightError, Weights};
-use crate::cache::{CacheLayout, KvCache, LayerKv};
+use crate::cache::{CacheLayout, KvCache};
 
 /// Tokens that one pass takes at most; longer texts run in pieces, which bounds attention scores to this times S.
 pub const PASS_TOKENS_MAX: usize = 512;
@@ -30,6 +31,35 @@ pub struct LoadOptions {
     pub expected_fingerprint: Option<String>,
     /// How projections are held and multiplied.
     pub precision: Precision,
+    /// How running sequences hold keys and values; with [`Precision::F32`] always as computed.
+    pub cache: CachePrecision,
+}
+
+/// One sequence of a batch: its context, and the tokens that go on after it.
+#[derive(Debug)]
+pub struct BatchItem<'a> {
+    /// What the sequence has seen.
+    pub context: &'a mut Context,
+    /// What comes next, at consecutive positions.
+    pub tokens: &'a [u32],
+}
+
+/// What enters a run of some layers.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// Ids, for a run that begins at the first layer.
+    Tokens(&'a [u32]),
+    /// The residual stream behind the layer before, `[T, C]`, for any other.
+    Hidden(&'a [f32]),
+}
+
+/// What a run of some layers gives.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// The residual stream behind the last layer run, `[T, C]`: the next run's input.
+    Hidden(Vec<f32>),
+    /// Behind the model's last layer: the logits asked for, a row a token, `[vocabulary]` each.
+    Logits(Vec<Vec<f32>>),
 }
 
 /// A model that can run. Immutable, so threads may share it; run one at a time, for all its work is parallel already.
@@ -40,6 +70,8 @@ pub struct Model {
     tokenizer: Tokenizer,
     decoder: Decoder,
     layout: Arc<CacheLayout>,
+    precision: Precision,
+    cache: CachePrecision,
 }
 
 impl Model {
@@ -61,7 +93,8 @@ impl Model {
             Self::load_gguf(path, options.precision)?
         };
         let layout = Arc::new(CacheLayout::new(&config, fingerprint));
-        Ok(Self { path: path.to_path_buf(), config, tokenizer, decoder, layout })
+        let (precision, cache) = (options.precision, options.cache);
+        Ok(Self { path: path.to_path_buf(), config, tokenizer, decoder, layout, precision, cache })
     }
 
     fn load_gguf(path: &Path, precision: Precision) -> Result<(ModelConfig, Decoder, Tokenizer), ModelError> {
@@ -145,9 +178,27 @@ impl Model {
     /// # Errors
     /// [`ModelError::Tensor`] if memory runs out.
     pub fn start(&self) -> Result<Context, ModelError> {
-        let buffers = || LayerBuffers::new(self.config.kv_heads, self.config.head_dim);
-        let layers = self.config.layers.iter().map(|_| buffers()).collect::<Result<_, _>>()?;
-        Ok(Context { layers, positions: Vec::new(), tokens: Some(Vec::new()) })
+        self.start_layers(0..self.config.layers.len())
+    }
+
+    /// The same for a run of only these layers: one part of a model that is split over devices.
+    ///
+    /// # Errors
+    /// [`ModelError::Layers`] if the model does not have them, or there are none.
+    pub fn start_layers(&self, layers: Range<usize>) -> Result<Context, ModelError> {
+        let count = self.config.layers.len();
+        if layers.is_empty() || layers.end > count {
+            return Err(ModelError::Layers { start: layers.start, end: layers.end, count });
+        }
+        let (kv_heads, head_dim) = (self.config.kv_heads, self.config.head_dim);
+        let buffers = || match (self.precision, self.cache) {
+            (Precision::F32, _) => TensorBuffers::new(kv_heads, head_dim).map(LayerBuffers::Tensors),
+            (Precision::Stored, CachePrecision::F32) => Ok(LayerBuffers::F32(SliceBuffers::new(kv_heads, head_dim))),
+            (Precision::Stored, CachePrecision::F16) => Ok(LayerBuffers::F16(SliceBuffers::new(kv_heads, head_dim))),
+        };
+        let first_layer = layers.start;
+        let layers = layers.map(|_| buffers()).collect::<Result<_, _>>()?;
+        Ok(Context { first_layer, layers, positions: Vec::new(), tokens: Some(Vec::new()) })
     }
 
     /// A sequence that has seen what `cache` holds. Keys are rotated to their positions if they are not.
@@ -165,16 +216,15 @@ impl Model {
     /// # Errors
     /// As [`Model::inject`]; the context is unchanged then.
     pub fn append(&self, context: &mut Context, cache: &KvCache) -> Result<(), ModelError> {
-        cache.check_fits(&self.layout)?;
+        cache.check_fits_layers(&self.layout, context.layers())?;
         if cache.is_empty() {
             return Ok(());
         }
         self.check_positions(cache.positions())?;
         let rotated = cache.rotated();
-        let shape = (self.config.kv_heads, rotated.len(), self.config.head_dim);
-        for (buffers, (_, layer)) in context.layers.iter_mut().zip(rotated.layers()) {
-            let k = Tensor::from_slice(&layer.k, shape, &Device::Cpu)?;
-            buffers.append(&k, &Tensor::from_slice(&layer.v, shape, &Device::Cpu)?)?;
+        for (index, buffers) in context.layers().zip(&mut context.layers) {
+            let layer = rotated.layer(index).expect("all layers are there");
+            buffers.append(layer, self.config.kv_heads, rotated.len())?;
         }
         context.positions.extend_from_slice(rotated.positions());
         context.tokens = match (context.tokens.take(), rotated.tokens()) {
@@ -192,14 +242,11 @@ impl Model {
     /// # Errors
     /// [`ModelError::Tensor`] if memory runs out.
     pub fn extract(&self, context: &Context) -> Result<KvCache, ModelError> {
-        let copy = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-        let mut layers = Vec::with_capacity(context.layers.len());
-        for buffers in &context.layers {
-            let (k, v) = buffers.views()?;
-            layers.push(LayerKv { k: copy(&k)?, v: copy(&v)? });
-        }
+        let layers = context.layers().zip(&context.layers);
+        let layers =
+            layers.map(|(index, buffers)| Ok((index, buffers.copy()?))).collect::<candle_core::Result<Vec<_>>>()?;
         let (positions, tokens) = (context.positions.clone(), context.tokens.clone());
-        Ok(KvCache::new(Arc::clone(&self.layout), layers.into_iter().enumerate(), positions, tokens, true)?)
+        Ok(KvCache::new(Arc::clone(&self.layout), layers, positions, tokens, true)?)
     }
 
     /// Runs tokens at consecutive positions after what the context holds; logits of the last one, `[vocabulary]`.
@@ -233,20 +280,96 @@ impl Model {
         tokens: &[u32],
         positions: &[i64],
         logits: Logits,
-        mut observer: Option<&mut Observer<'_>>,
+        observer: Option<&mut Observer<'_>>,
     ) -> Result<Vec<Vec<f32>>, ModelError> {
-        self.check_input(tokens, positions)?;
-        let mut rows = Vec::new();
-        let passes = tokens.len().div_ceil(PASS_TOKENS_MAX);
-        let pieces = tokens.chunks(PASS_TOKENS_MAX).zip(positions.chunks(PASS_TOKENS_MAX));
-        for (pass, (tokens, positions)) in pieces.enumerate() {
-            let wanted = if logits == Logits::Last && pass + 1 < passes { Logits::None } else { logits };
-            let observer = observer.as_mut().map(|observer| &mut **observer as &mut Observer<'_>);
-            if let Some(tensor) = self.decoder.forward(&self.config, context, tokens, positions, wanted, observer)? {
-                rows.extend(tensor.to_vec2::<f32>()?);
-            }
+        self.check_whole(context)?;
+        match self.run(context, Input::Tokens(tokens), positions, logits, observer)? {
+            Output::Logits(rows) => Ok(rows),
+            Output::Hidden(_) => unreachable!("a whole context ends at the last layer"),
         }
-        Ok(rows)
+    }
+
+    /// The same for a context of some layers, from [`Model::start_layers`]: begins from tokens at the first layer, from hidden
+    /// states at any other, and stops behind the context's last. Runs of all parts after each other, each with its own context,
+    /// compute what one run of the whole model does, bit for bit.
+    ///
+    /// # Errors
+    /// As [`Model::forward`]; [`ModelError::Part`] for tokens in the middle or hidden states at the start,
+    /// [`ModelError::Hidden`] for hidden states of another shape.
+    pub fn run(
+        &self,
+        context: &mut Context,
+        input: Input<'_>,
+        positions: &[i64],
+        logits: Logits,
+        mut observer: Option<&mut Observer<'_>>,
+    ) -> Result<Output, ModelError> {
+        match input {
+            Input::Tokens(tokens) if context.first_layer == 0 => self.check_input(tokens, positions)?,
+            Input::Hidden(hidden) if context.first_layer > 0 => self.check_hidden(hidden, positions)?,
+            _ => return Err(ModelError::Part { layers: context.layers() }),
+        }
+        let (mut hidden, mut rows) = (Vec::new(), Vec::new());
+        let (mut done, all) = (0, positions.len());
+        for positions in positions.chunks(PASS_TOKENS_MAX) {
+            let part = done..done + positions.len();
+            let last = part.end == all;
+            let wanted = if logits == Logits::Last && !last { Logits::None } else { logits };
+            let observer = observer.as_mut().map(|observer| &mut **observer as &mut Observer<'_>);
+            let (tokens, states) = match input {
+                Input::Tokens(tokens) => (Some(&tokens[part.clone()]), None),
+                Input::Hidden(hidden) => {
+                    (None, Some(&hidden[part.start * self.config.hidden..part.end * self.config.hidden]))
+                }
+            };
+            let mut segments = [Segment { context: &mut *context, tokens, positions }];
+            let passed = self.decoder.forward(&self.config, &mut segments, states, wanted, observer)?;
+            rows.extend(passed.logits);
+            hidden.extend(passed.hidden.unwrap_or_default());
+            done = part.end;
+        }
+        let whole = context.layers().end == self.config.layers.len();
+        Ok(if whole { Output::Logits(rows) } else { Output::Hidden(hidden) })
+    }
+
+    /// Runs several sequences at once, each at consecutive positions after what its own context holds: logits of each one's
+    /// last token, `[vocabulary]`. Lengths may differ, and no padding is computed. Weights are read once for all, so a step of
+    /// 8 sequences takes little longer than one of a single sequence.
+    ///
+    /// More than [`PASS_TOKENS_MAX`] tokens in all run in several passes.
+    ///
+    /// # Errors
+    /// As [`Model::forward`]; all contexts are unchanged then.
+    pub fn forward_batch(&self, items: &mut [BatchItem<'_>]) -> Result<Vec<Vec<f32>>, ModelError> {
+        let mut places = Vec::with_capacity(items.len());
+        for item in &*items {
+            self.check_whole(item.context)?;
+            let first = item.context.next_position();
+            let positions: Vec<i64> = (first..).take(item.tokens.len()).collect();
+            self.check_input(item.tokens, &positions)?;
+            places.push(positions);
+        }
+        let mut logits = vec![Vec::new(); items.len()];
+        let mut done = vec![0; items.len()];
+        while done.iter().zip(&places).any(|(done, positions)| *done < positions.len()) {
+            let mut room = PASS_TOKENS_MAX;
+            let (mut segments, mut members) = (Vec::new(), Vec::new());
+            for (index, item) in items.iter_mut().enumerate() {
+                let part = done[index]..(done[index] + room).min(item.tokens.len());
+                if part.is_empty() {
+                    continue;
+                }
+                room -= part.len();
+                done[index] = part.end;
+                members.push(index);
+                let (tokens, positions) = (Some(&item.tokens[part.clone()]), &places[index][part]);
+                segments.push(Segment { context: &mut *item.context, tokens, positions });
+            }
+            let passed = self.decoder.forward(&self.config, &mut segments, None, Logits::Last, None)?;
+            // A sequence that is cut by a pass gets its logits again with the next one.
+            members.into_iter().zip(passed.logits).for_each(|(index, row)| logits[index] = row);
+        }
+        Ok(logits)
     }
 
     /// Runs `tokens` at `positions` behind `prefix` as a differentiable function: logits `[scored, vocabulary]` of the tokens
@@ -298,6 +421,19 @@ impl Model {
         let vocabulary = self.decoder.vocabulary();
         if let Some(id) = tokens.iter().find(|id| **id as usize >= vocabulary) {
             return Err(ModelError::TokenRange { id: *id, vocabulary });
+        }
+        self.check_positions(positions)
+    }
+
+    fn check_whole(&self, context: &Context) -> Result<(), ModelError> {
+        let layers = context.layers();
+        if layers == (0..self.config.layers.len()) { Ok(()) } else { Err(ModelError::Part { layers }) }
+    }
+
+    fn check_hidden(&self, hidden: &[f32], positions: &[i64]) -> Result<(), ModelError> {
+        let expected = positions.len() * self.config.hidden;
+        if positions.is_empty() || hidden.len() != expected {
+            return Err(ModelError::Hidden { expected, got: hidden.len() });
         }
         self.check_positions(positions)
     }

@@ -7,6 +7,7 @@
 //! - [`gguf`], [`hf`]: the two kinds of file, read without trusting them; `names`, `weights`: what a weight is called in
 //!   each, and weights in the canonical layout.
 //! - [`family`], [`config`], [`rope`]: what tells models apart.
+//! - [`team`], `vector`, `matrix`: threads, and arithmetic on slices.
 //! - [`quant`], `linear`, [`table`], `decoder`: the computation; [`context`]: the state of one sequence.
 //! - `grad`: operations with a gradient, for [`Model::forward_tracked`].
 //! - [`tokenizer`], [`chat`]: text to ids and back.
@@ -23,18 +24,21 @@ mod grad;
 pub mod hf;
 mod linear;
 pub mod loaded;
+mod matrix;
 mod names;
 pub mod quant;
 pub mod rope;
 pub mod table;
+pub mod team;
 pub mod tokenizer;
+mod vector;
 mod weights;
 
 pub use chat::Message;
 pub use config::ModelConfig;
-pub use context::Context;
+pub use context::{CachePrecision, Context};
 pub use decoder::{Adapter, Adapters, Logits, Observer, Projection, Tap, TrackedCache};
 pub use error::ModelError;
-pub use loaded::{LoadOptions, Model, argmax, fingerprint, tensors};
+pub use loaded::{BatchItem, Input, LoadOptions, Model, Output, argmax, fingerprint, tensors};
 pub use tokenizer::Tokenizer;
 pub use weights::Precision;

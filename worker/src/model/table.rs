@@ -32,6 +32,12 @@ impl RowTable {
     /// # Errors
     /// If an id is not below [`RowTable::rows`]; callers check first.
     pub fn lookup(&self, ids: &[u32]) -> Result<Tensor> {
+        let values = self.rows_of(ids)?;
+        Tensor::from_vec(values, (ids.len(), self.matrix.cols()), &Device::Cpu)
+    }
+
+    /// The same as a slice's worth of numbers.
+    pub(crate) fn rows_of(&self, ids: &[u32]) -> Result<Vec<f32>> {
         let width = self.matrix.cols();
         let mut values = vec![0f32; ids.len() * width];
         for (id, row) in ids.iter().zip(values.chunks_mut(width)) {
@@ -41,7 +47,17 @@ impl RowTable {
             }
             self.matrix.dequantize_rows(id..id + 1, row);
         }
-        Tensor::from_vec(values, (ids.len(), width), &Device::Cpu)
+        Ok(values)
+    }
+
+    /// How its products are computed: with 8-bit activations where few tokens come, or exactly.
+    pub(crate) fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+
+    /// The numbers.
+    pub(crate) fn matrix(&self) -> &QuantMatrix {
+        &self.matrix
     }
 
     /// Products of `x` `[T, width]` with every row: `[T, rows]` f32.

@@ -82,12 +82,17 @@ impl<'a> Weights<'a> {
     }
 
     /// The factors of an RMS norm, `[n]`.
-    pub(crate) fn norm(&mut self, part: Part, size: usize) -> Result<Tensor, WeightError> {
+    pub(crate) fn norm(&mut self, part: Part, size: usize) -> Result<Vec<f32>, WeightError> {
         let mut values = self.vector(&self.name(part, "weight"), size)?;
         if let Source::Checkpoint { .. } = self.source {
             values.iter_mut().for_each(|value| *value += self.family.norm_offset);
         }
-        Ok(Tensor::from_vec(values, size, &Device::Cpu)?)
+        Ok(values)
+    }
+
+    /// How projections are held.
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// A projection `[outputs, inputs]`, with its bias if wanted.
@@ -106,26 +111,26 @@ impl<'a> Weights<'a> {
         let permuted = matches!(self.source, Source::Gguf(_)) && self.family.permuted;
         let order = head_dim.filter(|_| permuted).map(|head_dim| halves_order(outputs, head_dim));
         let bias = match bias {
-            false => None,
+            false => Vec::new(),
             true => {
                 let mut values = self.vector(&self.name(part, "bias"), outputs)?;
                 if let Some(order) = &order {
                     values = order.iter().map(|row| values[*row]).collect();
                 }
-                Some(Tensor::from_vec(values, outputs, &Device::Cpu)?)
+                values
             }
         };
         if self.precision == Precision::Stored {
             let matrix = self.stored(&name, &info)?;
             let matrix = order.map_or(matrix.clone(), |order| matrix.with_row_order(&order));
-            return Ok(Linear::stored(matrix, self.kernel, bias));
+            return Ok(Linear::stored(matrix, self.kernel, bias)?);
         }
         let mut weight = self.dequantise(&name, &info)?;
         if let Some(order) = order {
             let order: Vec<_> = order.into_iter().map(|row| row as u32).collect();
             weight = weight.index_select(&Tensor::new(order, &Device::Cpu)?, 0)?;
         }
-        Ok(Linear::dense(weight, bias))
+        Ok(Linear::dense(weight, bias)?)
     }
 
     /// The embedding `[vocabulary, width]`, as stored; the number of rows from the file.

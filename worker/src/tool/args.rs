@@ -7,7 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use protocol::models::ModelsDir;
 
 use crate::cache::CacheError;
-use crate::model::{LoadOptions, Model, ModelError, Precision};
+use crate::model::{CachePrecision, LoadOptions, Model, ModelError, Precision};
 
 /// `model …`.
 #[derive(Debug, Subcommand)]
@@ -31,6 +31,9 @@ pub struct ModelArgs {
     /// How weights are held and multiplied.
     #[arg(long, value_enum, default_value_t = PrecisionArg::Stored)]
     pub precision: PrecisionArg,
+    /// How a running sequence holds keys and values.
+    #[arg(long, value_enum, default_value_t = KvArg::F32)]
+    pub kv: KvArg,
     /// Compute threads [default: all cores].
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -43,6 +46,15 @@ pub enum PrecisionArg {
     F32,
     /// As in the file: faster, a fraction of the memory.
     Stored,
+}
+
+/// [`CachePrecision`] as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvArg {
+    /// As computed.
+    F32,
+    /// Rounded to halves: half the memory. With `--precision stored` only.
+    F16,
 }
 
 /// `model show`.
@@ -194,7 +206,11 @@ impl ModelArgs {
             PrecisionArg::F32 => Precision::F32,
             PrecisionArg::Stored => Precision::Stored,
         };
-        Ok(Model::load(&path, &LoadOptions { expected_fingerprint, precision })?)
+        let cache = match self.kv {
+            KvArg::F32 => CachePrecision::F32,
+            KvArg::F16 => CachePrecision::F16,
+        };
+        Ok(Model::load(&path, &LoadOptions { expected_fingerprint, precision, cache })?)
     }
 }
 

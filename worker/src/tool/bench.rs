@@ -37,6 +37,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), ToolError> {
     print_json(&json!({
         "model": args.model.model,
         "precision": format!("{:?}", args.model.precision),
+        "kv": format!("{:?}", args.model.kv),
         "threads": rayon::current_num_threads(),
         "load_s": load_s,
         "prompt_tokens": args.prompt,

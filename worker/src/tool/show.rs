@@ -18,7 +18,7 @@ pub fn show(args: &ShowArgs) -> Result<(), ToolError> {
     let (path, expected_fingerprint) = args.model.locate()?;
     let tensors = tensors(&path)?;
     let precision = crate::model::Precision::Stored;
-    let model = Model::load(&path, &LoadOptions { expected_fingerprint, precision })?;
+    let model = Model::load(&path, &LoadOptions { expected_fingerprint, precision, ..LoadOptions::default() })?;
     let config = model.config();
     let mut kinds: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
     for tensor in tensors.values() {

@@ -155,8 +155,8 @@ impl Decoder {
         (tokens, positions): (&[u32], &[i64]),
         scored: Range<usize>,
     ) -> Result<Tensor> {
-        let pass = Pass::new(config, &prefix.positions, positions, None)?;
-        let turn = |setting: &Setting| Setting::new(&setting.layer, &[], &prefix.positions);
+        let pass = Pass::new(config, &[(&prefix.positions[..], positions)], None)?;
+        let turn = |setting: &Setting| Setting::new(&setting.layer, &[(&[], &prefix.positions[..])]);
         let prefix_turns =
             if prefix.rotated { Vec::new() } else { pass.settings.iter().map(turn).collect::<Result<_>>()? };
         let tracked = Tracked { pass, prefix, prefix_turns, adapters };
@@ -221,7 +221,7 @@ impl Attention {
 
         let grouped = (self.kv_heads, self.heads / self.kv_heads * length, self.head_dim);
         let scores = q.reshape(grouped)?.matmul(&k.transpose(1, 2)?)?.reshape((self.heads, length, columns))?;
-        let probabilities = grad::softmax(&scores, self.scale, setting.mask.as_ref())?;
+        let probabilities = grad::softmax(&scores, self.scale, setting.masks[0].as_ref())?;
         let mixed = probabilities.reshape((grouped.0, grouped.1, columns))?.matmul(&v)?;
         let mixed = mixed.reshape((self.heads, length, self.head_dim))?.transpose(0, 1)?;
         let mixed = mixed.reshape((length, self.heads * self.head_dim))?;

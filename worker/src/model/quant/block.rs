@@ -99,7 +99,7 @@ pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
 }
 
 /// Scale and minimum of sub-block `j` (0–7) of a Q4_K or Q5_K super-block, 6 bits each, from its 12 packed bytes.
-#[inline]
+#[inline(always)]
 pub(super) fn scale_min(j: usize, packed: &[u8]) -> (u8, u8) {
     if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
@@ -110,6 +110,12 @@ pub(super) fn scale_min(j: usize, packed: &[u8]) -> (u8, u8) {
 
 /// Writes one stored row as f32.
 pub(super) fn dequantize(kind: QuantKind, row: &[u8], out: &mut [f32]) {
+    pulp::Arch::new().dispatch(|| dequantize_plain(kind, row, out));
+}
+
+/// The same as plain loops, to be compiled for whatever the processor has.
+#[inline(always)]
+fn dequantize_plain(kind: QuantKind, row: &[u8], out: &mut [f32]) {
     let blocks = row.chunks_exact(kind.block_bytes()).zip(out.chunks_exact_mut(kind.block_values()));
     match kind {
         QuantKind::F32 => {
@@ -141,7 +147,7 @@ pub(super) fn dequantize(kind: QuantKind, row: &[u8], out: &mut [f32]) {
 }
 
 /// x = scale · (q + offset) + min; low nibbles are values 0–15, high ones 16–31.
-#[inline]
+#[inline(always)]
 fn nibbles(scale: f32, offset: f32, min: f32, bytes: &[u8], out: &mut [f32]) {
     let (low, high) = out.split_at_mut(16);
     for ((low, high), byte) in low.iter_mut().zip(high).zip(bytes) {
@@ -151,7 +157,7 @@ fn nibbles(scale: f32, offset: f32, min: f32, bytes: &[u8], out: &mut [f32]) {
 }
 
 /// The same with a fifth bit: bit `i` of `high` belongs to value `i`.
-#[inline]
+#[inline(always)]
 fn five(scale: f32, offset: f32, min: f32, high: &[u8], bytes: &[u8], out: &mut [f32]) {
     let bits = u32::from_le_bytes([high[0], high[1], high[2], high[3]]);
     for (i, byte) in bytes.iter().enumerate() {
@@ -163,6 +169,7 @@ fn five(scale: f32, offset: f32, min: f32, high: &[u8], bytes: &[u8], out: &mut 
 }
 
 /// x = d · sc_j · q − dmin · m_j for sub-block j of 16; scale in the low nibble, minimum in the high one.
+#[inline(always)]
 fn q2k(block: &[u8], out: &mut [f32]) {
     let (d, dmin) = (half_at(block, 80), half_at(block, 82));
     for (j, out) in out.chunks_exact_mut(16).enumerate() {
@@ -176,6 +183,7 @@ fn q2k(block: &[u8], out: &mut [f32]) {
 }
 
 /// x = d · (sc_j − 32) · (q − 4·[mask bit unset]) for sub-block j of 16; scales of 6 bits in 12 bytes.
+#[inline(always)]
 fn q3k(block: &[u8], out: &mut [f32]) {
     let d = half_at(block, 108);
     let (mask, packed) = (&block[..32], &block[96..108]);
@@ -192,6 +200,7 @@ fn q3k(block: &[u8], out: &mut [f32]) {
 }
 
 /// x = d · sc_j · q − dmin · m_j for sub-block j of 32.
+#[inline(always)]
 fn q4k(block: &[u8], out: &mut [f32]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     for (pair, out) in out.chunks_exact_mut(64).enumerate() {
@@ -209,6 +218,7 @@ fn q4k(block: &[u8], out: &mut [f32]) {
 }
 
 /// The same with a fifth bit: bit j of `qh[i]` belongs to value i of sub-block j.
+#[inline(always)]
 fn q5k(block: &[u8], out: &mut [f32]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let high_bits = &block[16..48];
@@ -228,6 +238,7 @@ fn q5k(block: &[u8], out: &mut [f32]) {
 }
 
 /// x = d · sc_j · (q − 32) for sub-block j of 16; four low bits in `ql`, two high bits in `qh`.
+#[inline(always)]
 fn q6k(block: &[u8], out: &mut [f32]) {
     let d = half_at(block, 208);
     for (half, out) in out.chunks_exact_mut(128).enumerate() {

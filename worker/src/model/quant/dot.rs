@@ -57,7 +57,13 @@ impl Activations {
     pub fn quantize(x: &[f32]) -> Self {
         let blocks = x.len() / BLOCK;
         let mut row = Self { q: vec![0; x.len()], scale: vec![0.0; blocks], sum: vec![0.0; blocks] };
-        for (index, (values, q)) in x.chunks_exact(BLOCK).zip(row.q.chunks_exact_mut(BLOCK)).enumerate() {
+        pulp::Arch::new().dispatch(|| row.fill(x));
+        row
+    }
+
+    #[inline(always)]
+    fn fill(&mut self, x: &[f32]) {
+        for (index, (values, q)) in x.chunks_exact(BLOCK).zip(self.q.chunks_exact_mut(BLOCK)).enumerate() {
             let max = values.iter().fold(0f32, |max, value| max.max(value.abs()));
             let scale = max / 127.0;
             let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
@@ -67,10 +73,9 @@ impl Activations {
                 *q = (value * inverse).round_ties_even() as i8;
                 sum += i32::from(*q);
             }
-            row.scale[index] = scale;
-            row.sum[index] = scale * sum as f32;
+            self.scale[index] = scale;
+            self.sum[index] = scale * sum as f32;
         }
-        row
     }
 }
 

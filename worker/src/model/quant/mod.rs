@@ -17,13 +17,15 @@ pub use dot::{Activations, Kernel};
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rayon::prelude::*;
+use super::matrix::{Output, View};
+use super::team::{team, with_scratch};
 
 /// Rows of weights dequantised at a time in a prefill: 64 × 2048 f32 are half of a small core's L2.
 const TILE_ROWS: usize = 64;
-/// Rows of weights given to a thread at a time in a decode: enough work to hide the hand-over.
-const DECODE_ROWS_MIN: usize = 64;
+/// Rows of weights given to a thread at a time in a decode, at least: a multiple of what kernels take at once.
+const DECODE_ROWS_MIN: usize = 32;
 /// From this many rows of activations on, dequantising a tile once is cheaper than reading 8-bit blocks again for each row.
 pub const PREFILL_ROWS_MIN: usize = 8;
 
@@ -77,6 +79,60 @@ impl std::fmt::Debug for QuantMatrix {
     }
 }
 
+/// Activations `[T, cols]` on their way into products: as they are and, where a kernel asks for it, rounded to 8 bits.
+#[derive(Debug)]
+pub struct Operand<'a> {
+    x: &'a [f32],
+    cols: usize,
+    kernel: Kernel,
+    /// One a token; empty if products take `x` as it is.
+    rounded: Vec<Activations>,
+}
+
+impl<'a> Operand<'a> {
+    /// Activations for matrices with `cols` values a row.
+    ///
+    /// # Panics
+    /// If `x` is not a whole number of rows.
+    pub fn new(x: &'a [f32], cols: usize, kernel: Kernel) -> Self {
+        let tokens = x.len() / cols;
+        assert_eq!(x.len(), tokens * cols, "x must be [T, cols]");
+        // Activations come in blocks of 32; only tiny models have rows that do not.
+        let exact = kernel == Kernel::Exact || tokens >= PREFILL_ROWS_MIN || !cols.is_multiple_of(dot::BLOCK);
+        let rounded = if exact { Vec::new() } else { x.chunks(cols).map(Activations::quantize).collect() };
+        Self { x, cols, kernel, rounded }
+    }
+
+    fn tokens(&self) -> usize {
+        self.x.len() / self.cols
+    }
+}
+
+/// `y = x · Wᵀ` for matrices that meet the same activations, in one loop of the team: `y` is `[T, rows]` each.
+///
+/// # Panics
+/// If a matrix or a `y` has another shape.
+#[expect(unsafe_code, reason = "tasks write columns of their own")]
+pub fn products<const N: usize>(x: &Operand<'_>, targets: [(&QuantMatrix, &mut [f32]); N]) {
+    let targets = targets.map(|(matrix, y)| {
+        assert_eq!(matrix.cols, x.cols, "x must be [T, cols]");
+        assert_eq!(y.len(), x.tokens() * matrix.rows, "y must be [T, rows]");
+        let rows = matrix.piece_rows(x);
+        (matrix, Output::new(y, matrix.rows), rows, matrix.rows.div_ceil(rows))
+    });
+    let count = targets.iter().map(|(.., pieces)| pieces).sum();
+    team().each(count, |mut piece| {
+        for (matrix, y, rows, pieces) in &targets {
+            if piece < *pieces {
+                // SAFETY: pieces do not overlap, and each is one task's.
+                unsafe { matrix.multiply(piece * rows..((piece + 1) * rows).min(matrix.rows), x, y) };
+                return;
+            }
+            piece -= pieces;
+        }
+    });
+}
+
 impl QuantMatrix {
     /// A matrix in the bytes `range` of `storage`.
     ///
@@ -122,12 +178,17 @@ impl QuantMatrix {
 
     /// True if no value is NaN or infinite.
     pub fn is_finite(&self) -> bool {
-        (0..self.rows).into_par_iter().step_by(TILE_ROWS).all(|first| {
-            let rows = first..(first + TILE_ROWS).min(self.rows);
-            let mut values = vec![0f32; rows.len() * self.cols];
-            self.dequantize_rows(rows, &mut values);
-            values.iter().all(|value| value.is_finite())
-        })
+        let finite = AtomicBool::new(true);
+        team().each(self.rows.div_ceil(TILE_ROWS), |tile| {
+            let rows = tile * TILE_ROWS..((tile + 1) * TILE_ROWS).min(self.rows);
+            with_scratch(rows.len() * self.cols, |values| {
+                self.dequantize_rows(rows, values);
+                if !values.iter().all(|value| value.is_finite()) {
+                    finite.store(false, Ordering::Relaxed);
+                }
+            });
+        });
+        finite.into_inner()
     }
 
     /// The same matrix with row `order[i]` in place `i`; moves whole rows and never requantises.
@@ -152,22 +213,13 @@ impl QuantMatrix {
         }
     }
 
-    /// `y = x · Wᵀ` for `x: [T, cols]` and `y: [T, rows]`, on rayon's current pool. Below [`PREFILL_ROWS_MIN`] rows the
-    /// activations are rounded to 8 bits unless `kernel` is [`Kernel::Exact`].
+    /// `y = x · Wᵀ` for `x: [T, cols]` and `y: [T, rows]`. Below [`PREFILL_ROWS_MIN`] rows the activations are rounded to 8
+    /// bits unless `kernel` is [`Kernel::Exact`].
     ///
     /// # Panics
     /// If `x` or `y` has another length.
     pub fn matmul(&self, x: &[f32], y: &mut [f32], kernel: Kernel) {
-        let tokens = x.len() / self.cols;
-        assert_eq!(x.len(), tokens * self.cols, "x must be [T, cols]");
-        assert_eq!(y.len(), tokens * self.rows, "y must be [T, rows]");
-        match kernel {
-            Kernel::Exact => self.matmul_tiles(x, y, tokens),
-            _ if tokens >= PREFILL_ROWS_MIN => self.matmul_tiles(x, y, tokens),
-            // Activations come in blocks of 32; only tiny models have rows that do not.
-            _ if !self.cols.is_multiple_of(QuantKind::Q8_0.block_values()) => self.matmul_tiles(x, y, tokens),
-            _ => self.matmul_blocks(x, y, tokens, kernel),
-        }
+        products(&Operand::new(x, self.cols, kernel), [(self, y)]);
     }
 
     /// `x = y · W` for `y: [T, rows]` and `x: [T, cols]`: what [`QuantMatrix::matmul`] hands back to its activations as a
@@ -175,83 +227,67 @@ impl QuantMatrix {
     ///
     /// # Panics
     /// If `x` or `y` has another length.
+    #[expect(unsafe_code, reason = "the product takes an output that tasks could share")]
     pub fn matmul_transposed(&self, y: &[f32], x: &mut [f32]) {
         let tokens = y.len() / self.rows;
         assert_eq!(y.len(), tokens * self.rows, "y must be [T, rows]");
         assert_eq!(x.len(), tokens * self.cols, "x must be [T, cols]");
         let tiles = self.rows.div_ceil(TILE_ROWS);
-        let share = tiles.div_ceil(rayon::current_num_threads());
+        let share = tiles.div_ceil(team().size());
         // Every thread sums up its own tiles; the sums are added in order.
-        let sums: Vec<Vec<f32>> = (0..tiles)
-            .into_par_iter()
-            .step_by(share)
-            .map(|first| {
-                let mut sum = vec![0f32; x.len()];
-                let mut tile = vec![0f32; TILE_ROWS * self.cols];
-                for index in first..(first + share).min(tiles) {
+        let mut sums = vec![Vec::new(); tiles.div_ceil(share)];
+        team().chunks(&mut sums, 1, |part, sum| {
+            let mut total = vec![0f32; x.len()];
+            with_scratch(TILE_ROWS * self.cols, |tile| {
+                for index in part * share..((part + 1) * share).min(tiles) {
                     let rows = index * TILE_ROWS..((index + 1) * TILE_ROWS).min(self.rows);
                     let weights = &mut tile[..rows.len() * self.cols];
                     self.dequantize_rows(rows.clone(), weights);
-                    add_product(&mut sum, (y, self.rows, rows.start), weights, tokens, self.cols);
+                    let y = View::new(&y[rows.start..], [tokens, rows.len()], self.rows);
+                    let weights = View::new(weights, [rows.len(), self.cols], self.cols);
+                    // SAFETY: `total` is this task's alone.
+                    unsafe { Output::new(&mut total, self.cols).multiply((0, 0), true, 1.0, y, weights) };
                 }
-                sum
-            })
-            .collect();
+            });
+            sum[0] = total;
+        });
         x.fill(0.0);
         for sum in sums {
             x.iter_mut().zip(sum).for_each(|(x, sum)| *x += sum);
         }
     }
 
-    /// Tiles of weights to f32, then `gemm`: yᵀ[tile, T] = W[tile, cols] · xᵀ[cols, T].
-    fn matmul_tiles(&self, x: &[f32], y: &mut [f32], tokens: usize) {
-        let out = OutputColumns::new(y, self.rows);
-        let tiles = self.rows.div_ceil(TILE_ROWS);
-        (0..tiles).into_par_iter().for_each_init(
-            || vec![0f32; TILE_ROWS * self.cols],
-            |tile, index| {
-                let rows = index * TILE_ROWS..((index + 1) * TILE_ROWS).min(self.rows);
-                let weights = &mut tile[..rows.len() * self.cols];
-                self.dequantize_rows(rows.clone(), weights);
-                out.multiply(rows, weights, x, tokens, self.cols);
-            },
-        );
+    /// Rows that one task takes: a tile, or enough to hide the hand-over.
+    fn piece_rows(&self, x: &Operand<'_>) -> usize {
+        match x.rounded.is_empty() {
+            true => TILE_ROWS,
+            false => self.rows.div_ceil(4 * team().size()).next_multiple_of(DECODE_ROWS_MIN),
+        }
     }
 
-    /// Stored blocks against activations rounded to 8 bits.
-    fn matmul_blocks(&self, x: &[f32], y: &mut [f32], tokens: usize, kernel: Kernel) {
-        let activations: Vec<_> = x.chunks(self.cols).map(Activations::quantize).collect();
-        let row_bytes = self.kind.row_bytes(self.cols);
-        let bytes = &(*self.storage).as_ref()[self.range.clone()];
-        if tokens == 1 {
-            let chunk = self.rows.div_ceil(rayon::current_num_threads()).max(DECODE_ROWS_MIN);
-            y.par_chunks_mut(chunk).zip(bytes.par_chunks(chunk * row_bytes)).for_each(|(y, rows)| {
-                dot::dot_rows(kernel, self.kind, rows, row_bytes, &activations[0], y);
+    /// Columns `rows` of y.
+    ///
+    /// # Safety
+    /// No other task writes these columns meanwhile.
+    #[expect(unsafe_code, reason = "columns of a row-major matrix are not disjoint slices")]
+    unsafe fn multiply(&self, rows: Range<usize>, x: &Operand<'_>, y: &Output<'_>) {
+        if x.rounded.is_empty() {
+            with_scratch(rows.len() * self.cols, |tile| {
+                self.dequantize_rows(rows.clone(), tile);
+                let weights = View::new(tile, [rows.len(), self.cols], self.cols).transposed();
+                let x = View::new(x.x, [x.tokens(), self.cols], self.cols);
+                // SAFETY: the caller's.
+                unsafe { y.multiply((0, rows.start), false, 1.0, x, weights) };
             });
             return;
         }
-        // Each thread takes all tokens of its rows, so that a row is read from memory once.
-        let rows: Vec<Vec<f32>> = bytes
-            .par_chunks(DECODE_ROWS_MIN * row_bytes)
-            .map(|rows| {
-                let count = rows.len() / row_bytes;
-                let mut out = vec![0f32; tokens * count];
-                for (row, weights) in rows.chunks(row_bytes).enumerate() {
-                    for (token, activation) in activations.iter().enumerate() {
-                        let place = token * count + row;
-                        dot::dot_rows(kernel, self.kind, weights, row_bytes, activation, &mut out[place..=place]);
-                    }
-                }
-                out
-            })
-            .collect();
-        let mut first = 0;
-        for chunk in rows {
-            let count = chunk.len() / tokens;
-            for (token, values) in chunk.chunks(count).enumerate() {
-                y[token * self.rows + first..][..count].copy_from_slice(values);
-            }
-            first += count;
+        // All tokens of these rows, so that a row is read from memory once.
+        let row_bytes = self.kind.row_bytes(self.cols);
+        let bytes = &(*self.storage).as_ref()[self.range.clone()][rows.start * row_bytes..rows.end * row_bytes];
+        for (token, activations) in x.rounded.iter().enumerate() {
+            // SAFETY: the caller's.
+            let y = unsafe { y.part(token, rows.clone()) };
+            dot::dot_rows(x.kernel, self.kind, bytes, row_bytes, activations, y);
         }
     }
 
@@ -259,85 +295,6 @@ impl QuantMatrix {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         let bytes = self.kind.row_bytes(self.cols);
         &(*self.storage).as_ref()[self.range.clone()][row * bytes..][..bytes]
-    }
-}
-
-/// `sum += y · W` for `sum: [tokens, cols]`, `W: [tile, cols]`, and as many columns of `y: [tokens, rows]` from `first` on.
-#[expect(unsafe_code, reason = "gemm takes pointers and strides")]
-fn add_product(sum: &mut [f32], (y, rows, first): (&[f32], usize, usize), weights: &[f32], tokens: usize, cols: usize) {
-    let stride = |n: usize| isize::try_from(n).expect("a matrix fits the address space");
-    let tile = weights.len() / cols;
-    assert!(sum.len() == tokens * cols && y.len() == tokens * rows && first + tile <= rows, "shapes must match");
-    // SAFETY: the assertion holds every access inside the three slices, of which only `sum` is written.
-    unsafe {
-        gemm::gemm(
-            tokens,
-            cols,
-            tile,
-            sum.as_mut_ptr(),
-            1,
-            stride(cols),
-            true,
-            y.as_ptr().add(first),
-            1,
-            stride(rows),
-            weights.as_ptr(),
-            1,
-            stride(cols),
-            1f32,
-            1f32,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-}
-
-/// An output `[T, rows]` whose columns are written by several threads, each its own.
-struct OutputColumns {
-    start: *mut f32,
-    rows: usize,
-}
-
-// SAFETY: threads write disjoint columns (matmul_tiles gives each tile to one thread), and the slice outlives them.
-#[expect(unsafe_code, reason = "columns of a row-major matrix cannot be split into disjoint slices")]
-unsafe impl Sync for OutputColumns {}
-
-impl OutputColumns {
-    fn new(y: &mut [f32], rows: usize) -> Self {
-        Self { start: y.as_mut_ptr(), rows }
-    }
-
-    /// Writes columns `columns` of y: `W · xᵀ` with `weights: [columns, cols]`, `x: [tokens, cols]`.
-    #[expect(unsafe_code, reason = "gemm takes pointers and strides")]
-    fn multiply(&self, columns: Range<usize>, weights: &[f32], x: &[f32], tokens: usize, cols: usize) {
-        let stride = |n: usize| isize::try_from(n).expect("a matrix fits the address space");
-        // SAFETY: weights is [columns, cols], x is [tokens, cols], y is [tokens, rows] with columns inside rows; the three do
-        // not overlap, and no other thread writes these columns.
-        unsafe {
-            gemm::gemm(
-                columns.len(),
-                tokens,
-                cols,
-                self.start.add(columns.start),
-                stride(self.rows),
-                1,
-                false,
-                weights.as_ptr(),
-                1,
-                stride(cols),
-                x.as_ptr(),
-                stride(cols),
-                1,
-                0f32,
-                1f32,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
-        }
     }
 }
 

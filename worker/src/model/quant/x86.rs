@@ -50,13 +50,21 @@ pub(super) mod vnni {
     }
 }
 
+/// Bytes a block of the types with 32 values; each is another, so they serve as the type's name.
+const Q4_0: usize = 18;
+const Q4_1: usize = 20;
+const Q5_0: usize = 22;
+const Q5_1: usize = 24;
+const Q8_0: usize = 34;
+
 /// The kernels of one module, in terms of its `dot_u8_i8` and `sixteen_where`.
 macro_rules! kernels {
     ($features:literal) => {
         use std::arch::x86_64::*;
 
+        use super::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
         use crate::model::quant::QuantKind;
-        use crate::model::quant::block::{half_at, scale_min};
+        use crate::model::quant::block::scale_min;
         use crate::model::quant::dot::Activations;
 
         /// Whether this module has a kernel for `kind`.
@@ -79,69 +87,83 @@ macro_rules! kernels {
 
         #[target_feature(enable = $features)]
         fn dot_rows_simd(kind: QuantKind, rows: &[u8], row_bytes: usize, x: &Activations, y: &mut [f32]) {
+            match kind {
+                QuantKind::Q4_0 => rows_of_32::<Q4_0>(rows, x, y),
+                QuantKind::Q4_1 => rows_of_32::<Q4_1>(rows, x, y),
+                QuantKind::Q5_0 => rows_of_32::<Q5_0>(rows, x, y),
+                QuantKind::Q5_1 => rows_of_32::<Q5_1>(rows, x, y),
+                QuantKind::Q8_0 => rows_of_32::<Q8_0>(rows, x, y),
+                QuantKind::Q4K => rows_of_256(rows, row_bytes, y, |row| dot_4k(row, x)),
+                QuantKind::Q5K => rows_of_256(rows, row_bytes, y, |row| dot_5k(row, x)),
+                QuantKind::Q6K => rows_of_256(rows, row_bytes, y, |row| dot_6k(row, x)),
+                QuantKind::F32 | QuantKind::F16 | QuantKind::Bf16 | QuantKind::Q2K | QuantKind::Q3K => {
+                    unreachable!("`has` says no")
+                }
+            }
+        }
+
+        #[inline(always)]
+        fn rows_of_256(rows: &[u8], row_bytes: usize, y: &mut [f32], dot: impl Fn(&[u8]) -> f32) {
             for (y, row) in y.iter_mut().zip(rows.chunks_exact(row_bytes)) {
-                *y = match kind {
-                    QuantKind::Q4_0 => dot_4(row, x, 18, None, -8.0),
-                    QuantKind::Q4_1 => dot_4(row, x, 20, Some(2), 0.0),
-                    QuantKind::Q5_0 => dot_5(row, x, 22, None, -16.0),
-                    QuantKind::Q5_1 => dot_5(row, x, 24, Some(2), 0.0),
-                    QuantKind::Q8_0 => dot_8(row, x),
-                    QuantKind::Q4K => dot_4k(row, x),
-                    QuantKind::Q5K => dot_5k(row, x),
-                    QuantKind::Q6K => dot_6k(row, x),
-                    QuantKind::F32 | QuantKind::F16 | QuantKind::Bf16 | QuantKind::Q2K | QuantKind::Q3K => {
-                        unreachable!("`has` says no")
-                    }
+                *y = dot(row);
+            }
+        }
+
+        /// Types with blocks of 32 values; `BYTES` a block tells them apart. Four rows at a time: they share the activations,
+        /// and their sums do not wait for each other.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn rows_of_32<const BYTES: usize>(rows: &[u8], x: &Activations, y: &mut [f32]) {
+            let blocks = x.scale.len();
+            let (rows, _) = rows.as_chunks::<BYTES>();
+            let (fours, rest) = y.as_chunks_mut::<4>();
+            let (first, last) = rows.split_at(4 * blocks * fours.len());
+            for (y, rows) in fours.iter_mut().zip(first.chunks_exact(4 * blocks)) {
+                *y = several::<BYTES, 4>(rows, x);
+            }
+            for (y, row) in rest.iter_mut().zip(last.chunks_exact(blocks)) {
+                [*y] = several::<BYTES, 1>(row, x);
+            }
+        }
+
+        /// The products of `ROWS` rows that follow each other.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn several<const BYTES: usize, const ROWS: usize>(rows: &[[u8; BYTES]], x: &Activations) -> [f32; ROWS] {
+            let blocks = x.scale.len();
+            assert!(rows.len() == ROWS * blocks && x.sum.len() == blocks && x.q.len() == 32 * blocks, "whole rows");
+            let mut lanes = [_mm256_setzero_ps(); ROWS];
+            let mut rest = [0f32; ROWS];
+            for index in 0..blocks {
+                // SAFETY: the assertion holds `index` inside each row, and inside the activations.
+                let (q, scale, sum) = unsafe {
+                    let q = x.q.as_ptr().add(32 * index).cast();
+                    (_mm256_loadu_si256(q), *x.scale.get_unchecked(index), *x.sum.get_unchecked(index))
                 };
+                for row in 0..ROWS {
+                    // SAFETY: as above.
+                    let block = unsafe { rows.get_unchecked(row * blocks + index) };
+                    let d = half(block, 0);
+                    let products = match BYTES {
+                        Q8_0 => dot_i8_i8(load(&block[2..]), q),
+                        Q5_0 | Q5_1 => {
+                            let at = BYTES - 20;
+                            let high = u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+                            dot_u8_i8(_mm256_or_si256(nibbles(&block[BYTES - 16..]), sixteen_where(high)), q)
+                        }
+                        _ => dot_u8_i8(nibbles(&block[BYTES - 16..]), q),
+                    };
+                    lanes[row] = fused(products, d * scale, lanes[row]);
+                    rest[row] += sum
+                        * match BYTES {
+                            Q4_0 => -8.0 * d,
+                            Q5_0 => -16.0 * d,
+                            Q8_0 => continue,
+                            _ => half(block, 2),
+                        };
+                }
             }
-        }
-
-        /// x = d · (q + offset) + m: Q4_0 and Q4_1. `min_at`: where the block has m.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn dot_4(row: &[u8], x: &Activations, bytes: usize, min_at: Option<usize>, offset: f32) -> f32 {
-            let mut lanes = _mm256_setzero_ps();
-            let mut rest = 0f32;
-            for (index, block) in row.chunks_exact(bytes).enumerate() {
-                let d = half_at(block, 0);
-                let m = min_at.map_or(d * offset, |at| half_at(block, at));
-                let w = nibbles(&block[bytes - 16..]);
-                let products = dot_u8_i8(w, activations(x, index));
-                lanes = fused(products, d * x.scale[index], lanes);
-                rest += m * x.sum[index];
-            }
-            sum(lanes) + rest
-        }
-
-        /// The same with a fifth bit: Q5_0 and Q5_1.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn dot_5(row: &[u8], x: &Activations, bytes: usize, min_at: Option<usize>, offset: f32) -> f32 {
-            let mut lanes = _mm256_setzero_ps();
-            let mut rest = 0f32;
-            for (index, block) in row.chunks_exact(bytes).enumerate() {
-                let d = half_at(block, 0);
-                let m = min_at.map_or(d * offset, |at| half_at(block, at));
-                let at = bytes - 20;
-                let high = u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
-                let w = _mm256_or_si256(nibbles(&block[bytes - 16..]), sixteen_where(high));
-                let products = dot_u8_i8(w, activations(x, index));
-                lanes = fused(products, d * x.scale[index], lanes);
-                rest += m * x.sum[index];
-            }
-            sum(lanes) + rest
-        }
-
-        /// x = d · q: Q8_0.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn dot_8(row: &[u8], x: &Activations) -> f32 {
-            let mut lanes = _mm256_setzero_ps();
-            for (index, block) in row.chunks_exact(34).enumerate() {
-                let products = dot_i8_i8(load(&block[2..]), activations(x, index));
-                lanes = fused(products, half_at(block, 0) * x.scale[index], lanes);
-            }
-            sum(lanes)
+            std::array::from_fn(|row| self::sum(lanes[row]) + rest[row])
         }
 
         /// x = d · sc_j · q − dmin · m_j: Q4_K.
@@ -151,7 +173,7 @@ macro_rules! kernels {
             let mut lanes = _mm256_setzero_ps();
             let mut rest = 0f32;
             for (index, block) in row.chunks_exact(144).enumerate() {
-                let (d, dmin) = (half_at(block, 0), half_at(block, 2));
+                let (d, dmin) = (half(block, 0), half(block, 2));
                 for pair in 0..4 {
                     let bytes = load(&block[16 + 32 * pair..]);
                     let parts = [low_nibbles(bytes), low_nibbles(_mm256_srli_epi16(bytes, 4))];
@@ -174,7 +196,7 @@ macro_rules! kernels {
             let mut lanes = _mm256_setzero_ps();
             let mut rest = 0f32;
             for (index, block) in row.chunks_exact(176).enumerate() {
-                let (d, dmin) = (half_at(block, 0), half_at(block, 2));
+                let (d, dmin) = (half(block, 0), half(block, 2));
                 let mut high = load(&block[16..]);
                 for pair in 0..4 {
                     let bytes = load(&block[48 + 32 * pair..]);
@@ -200,7 +222,7 @@ macro_rules! kernels {
             let mut lanes = _mm256_setzero_ps();
             let two_bits = _mm256_set1_epi8(0x30);
             for (index, block) in row.chunks_exact(210).enumerate() {
-                let d = half_at(block, 208);
+                let d = half(block, 208);
                 for half in 0..2 {
                     let low = [load(&block[64 * half..]), load(&block[64 * half + 32..])];
                     let high = load(&block[128 + 32 * half..]);
@@ -223,6 +245,14 @@ macro_rules! kernels {
                 }
             }
             sum(lanes)
+        }
+
+        /// The half at byte `at`.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn half(block: &[u8], at: usize) -> f32 {
+            let bits = u16::from_le_bytes([block[at], block[at + 1]]);
+            _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
         }
 
         /// 32 bytes.

@@ -4,6 +4,7 @@
 //! - `full`: the same in full, every path; run by `make check-reference`.
 //! - `stored`: weights as stored against the f32 path, on both real models.
 //! - `families`: every family on tiny random models written by `tiny`: prefill, caches, moves, packets.
+//! - `passes`: batches, parts of a model, taps and caches of halves, on tiny models and on both real ones.
 //! - `bits`: packed caches on both real models; skipped where the files are absent.
 //! - `checkpoints`: tiny models written by `transformers`, directories and GGUF; directories that lie or are cut.
 //! - `gradients`: through frozen models, against PyTorch and finite differences.
@@ -24,6 +25,7 @@ mod experiments;
 mod families;
 mod full;
 mod gradients;
+mod passes;
 mod reference;
 mod stored;
 mod text;

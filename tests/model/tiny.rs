@@ -60,10 +60,14 @@ impl Tiny {
     }
 
     pub(crate) fn load(&self) -> Result<Model, ModelError> {
+        self.load_with(&LoadOptions::default())
+    }
+
+    pub(crate) fn load_with(&self, options: &LoadOptions) -> Result<Model, ModelError> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("tiny.gguf");
         self.write(&path);
-        Model::load(&path, &LoadOptions::default())
+        Model::load(&path, options)
     }
 
     fn settings(&mut self, family: &str) {

@@ -4,7 +4,9 @@
 //! frequencies; values carry no position. Exact up to one f32 rounding. What it cannot mend: the columns were computed
 //! without seeing what may now stand before them.
 
-use super::value::KvCache;
+use std::borrow::Cow;
+
+use super::value::{KvCache, LayerKv};
 
 impl KvCache {
     /// The cache as if its text had stood `delta` positions later (earlier, if negative).
@@ -40,6 +42,15 @@ impl KvCache {
             rotated.rotated = true;
         }
         rotated
+    }
+
+    /// One layer, if it is held, with keys rotated to their positions: a copy only if they are not.
+    pub(crate) fn rotated_layer(&self, index: usize) -> Option<Cow<'_, LayerKv>> {
+        let mut layer = Cow::Borrowed(self.layers.get(&index)?);
+        if !self.rotated {
+            self.layout.layers[index].rope.rotate(&mut layer.to_mut().k, &self.positions);
+        }
+        Some(layer)
     }
 
     /// The keys of one layer that is held, as they are before RoPE.
@@ -86,5 +97,10 @@ mod tests {
         }
         assert_eq!(cache.unrotated().unrotated(), cache.unrotated());
         assert_eq!(cache.rotated(), cache);
+        assert!(
+            matches!(cache.rotated_layer(1), Some(std::borrow::Cow::Borrowed(layer)) if Some(layer) == cache.layer(1))
+        );
+        let plain = cache.unrotated();
+        assert_eq!(plain.rotated_layer(1).as_deref(), plain.rotated().layer(1));
     }
 }

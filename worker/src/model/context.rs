@@ -4,12 +4,13 @@
 //! [`KvCache`](crate::cache::KvCache), copied out of here, so nothing taken out can change later.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use half::f16;
 
 use super::vector;
-use crate::cache::LayerKv;
+use crate::cache::{CacheLayout, LayerKv};
 
 /// Room is made for this many columns at least.
 const ROOM_MIN: usize = 64;
@@ -17,12 +18,21 @@ const ROOM_MIN: usize = 64;
 /// One sequence in a model, or in some of its layers: what it has seen so far.
 #[derive(Debug)]
 pub struct Context {
+    /// The model's own, so that a context of another model, or of the same file loaded again, is told apart.
+    pub(crate) layout: Arc<CacheLayout>,
     /// The index of the first layer held.
     pub(crate) first_layer: usize,
     pub(crate) layers: Vec<LayerBuffers>,
     pub(crate) positions: Vec<i64>,
     /// Ids of all columns; None from the moment a cache of unknown text came in.
     pub(crate) tokens: Option<Vec<u32>>,
+}
+
+/// A moment in a context's life.
+#[derive(Debug)]
+pub(crate) struct Mark {
+    columns: usize,
+    tokens: Option<Vec<u32>>,
 }
 
 /// How a context holds the numbers of its keys and values.
@@ -121,6 +131,18 @@ impl Context {
         self.positions.last().map_or(0, |last| last + 1)
     }
 
+    /// What [`Context::rewind`] needs to undo whatever is added from now on.
+    pub(crate) fn mark(&self) -> Mark {
+        Mark { columns: self.positions.len(), tokens: self.tokens.clone() }
+    }
+
+    /// Forgets what was added since `mark`, also by a pass that failed in the middle.
+    pub(crate) fn rewind(&mut self, mark: Mark) {
+        self.layers.iter_mut().for_each(|layer| layer.truncate(mark.columns));
+        self.positions.truncate(mark.columns);
+        self.tokens = mark.tokens;
+    }
+
     /// Bytes that keys and values take, with the room they have to grow.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(LayerBuffers::bytes).sum()
@@ -178,6 +200,15 @@ impl LayerBuffers {
                 };
                 Ok(LayerKv { k: widened(&buffers.k), v: widened(&buffers.v) })
             }
+        }
+    }
+
+    /// Drops all columns but the first `columns`.
+    fn truncate(&mut self, columns: usize) {
+        match self {
+            Self::Tensors(buffers) => buffers.used = buffers.used.min(columns),
+            Self::F32(buffers) => buffers.truncate(columns),
+            Self::F16(buffers) => buffers.truncate(columns),
         }
     }
 
@@ -263,6 +294,11 @@ impl<T: Element> SliceBuffers<T> {
                 numbers.reserve_exact((room - held) * self.head_dim);
             }
         }
+    }
+
+    fn truncate(&mut self, columns: usize) {
+        let numbers = columns * self.head_dim;
+        self.k.iter_mut().chain(&mut self.v).for_each(|head| head.truncate(numbers));
     }
 
     fn bytes(&self) -> usize {

@@ -180,6 +180,9 @@ pub enum ModelError {
         /// The layers it holds.
         layers: std::ops::Range<usize>,
     },
+    /// A context that another model started, or this one before it was loaded again.
+    #[error("the context was started by another model")]
+    Foreign,
     /// Hidden states of another shape than positions and model ask for.
     #[error("{got} numbers of hidden states, expected {expected}")]
     Hidden {

@@ -21,7 +21,8 @@ use super::tokenizer::{BuildError, Tokenizer};
 use super::weights::{Precision, Source, WeightError, Weights};
 use crate::cache::{CacheLayout, KvCache};
 
-/// Tokens that one pass takes at most; longer texts run in pieces, which bounds attention scores to this times S.
+/// Tokens that one pass takes at most; longer texts run in pieces, which bounds attention scores to this times S. Pieces are
+/// about equal: a short one at the end would run as a decode does, with activations rounded to 8 bits.
 pub const PASS_TOKENS_MAX: usize = 512;
 
 /// How a model is loaded.
@@ -198,7 +199,8 @@ impl Model {
         };
         let first_layer = layers.start;
         let layers = layers.map(|_| buffers()).collect::<Result<_, _>>()?;
-        Ok(Context { first_layer, layers, positions: Vec::new(), tokens: Some(Vec::new()) })
+        let layout = Arc::clone(&self.layout);
+        Ok(Context { layout, first_layer, layers, positions: Vec::new(), tokens: Some(Vec::new()) })
     }
 
     /// A sequence that has seen what `cache` holds. Keys are rotated to their positions if they are not.
@@ -216,18 +218,22 @@ impl Model {
     /// # Errors
     /// As [`Model::inject`]; the context is unchanged then.
     pub fn append(&self, context: &mut Context, cache: &KvCache) -> Result<(), ModelError> {
+        self.check_own(context)?;
         cache.check_fits_layers(&self.layout, context.layers())?;
         if cache.is_empty() {
             return Ok(());
         }
         self.check_positions(cache.positions())?;
-        let rotated = cache.rotated();
+        let mark = context.mark();
         for (index, buffers) in context.layers().zip(&mut context.layers) {
-            let layer = rotated.layer(index).expect("all layers are there");
-            buffers.append(layer, self.config.kv_heads, rotated.len())?;
+            let layer = cache.rotated_layer(index).expect("all layers are there");
+            if let Err(error) = buffers.append(&layer, self.config.kv_heads, cache.len()) {
+                context.rewind(mark);
+                return Err(error.into());
+            }
         }
-        context.positions.extend_from_slice(rotated.positions());
-        context.tokens = match (context.tokens.take(), rotated.tokens()) {
+        context.positions.extend_from_slice(cache.positions());
+        context.tokens = match (context.tokens.take(), cache.tokens()) {
             (Some(mut known), Some(more)) => {
                 known.extend_from_slice(more);
                 Some(known)
@@ -240,8 +246,9 @@ impl Model {
     /// Copies what `context` holds out of it. Nothing that happens to the context afterwards changes the copy.
     ///
     /// # Errors
-    /// [`ModelError::Tensor`] if memory runs out.
+    /// [`ModelError::Foreign`]; [`ModelError::Tensor`] if memory runs out.
     pub fn extract(&self, context: &Context) -> Result<KvCache, ModelError> {
+        self.check_own(context)?;
         let layers = context.layers().zip(&context.layers);
         let layers =
             layers.map(|(index, buffers)| Ok((index, buffers.copy()?))).collect::<candle_core::Result<Vec<_>>>()?;
@@ -273,7 +280,8 @@ impl Model {
     /// More than [`PASS_TOKENS_MAX`] tokens run in several passes. Same tokens split alike: same bits.
     ///
     /// # Errors
-    /// Ids outside the vocabulary, positions outside the context length, no tokens; the context is unchanged then.
+    /// Ids outside the vocabulary, positions outside the context length, no tokens, another model's context; or what the
+    /// observer says. The context is unchanged then.
     pub fn forward(
         &self,
         context: &mut Context,
@@ -302,16 +310,34 @@ impl Model {
         input: Input<'_>,
         positions: &[i64],
         logits: Logits,
-        mut observer: Option<&mut Observer<'_>>,
+        observer: Option<&mut Observer<'_>>,
     ) -> Result<Output, ModelError> {
+        self.check_own(context)?;
         match input {
             Input::Tokens(tokens) if context.first_layer == 0 => self.check_input(tokens, positions)?,
             Input::Hidden(hidden) if context.first_layer > 0 => self.check_hidden(hidden, positions)?,
             _ => return Err(ModelError::Part { layers: context.layers() }),
         }
+        let mark = context.mark();
+        let done = self.run_passes(context, input, positions, logits, observer);
+        if done.is_err() {
+            context.rewind(mark);
+        }
+        done
+    }
+
+    /// As [`Model::run`] with input that has been checked; a failure leaves the context in between.
+    fn run_passes(
+        &self,
+        context: &mut Context,
+        input: Input<'_>,
+        positions: &[i64],
+        logits: Logits,
+        mut observer: Option<&mut Observer<'_>>,
+    ) -> Result<Output, ModelError> {
         let (mut hidden, mut rows) = (Vec::new(), Vec::new());
         let (mut done, all) = (0, positions.len());
-        for positions in positions.chunks(PASS_TOKENS_MAX) {
+        for positions in positions.chunks(pass_tokens(all)) {
             let part = done..done + positions.len();
             let last = part.end == all;
             let wanted = if logits == Logits::Last && !last { Logits::None } else { logits };
@@ -349,10 +375,21 @@ impl Model {
             self.check_input(item.tokens, &positions)?;
             places.push(positions);
         }
+        let marks: Vec<_> = items.iter().map(|item| item.context.mark()).collect();
+        let done = self.batch_passes(items, &places);
+        if done.is_err() {
+            items.iter_mut().zip(marks).for_each(|(item, mark)| item.context.rewind(mark));
+        }
+        done
+    }
+
+    /// As [`Model::forward_batch`] with input that has been checked; a failure leaves contexts in between.
+    fn batch_passes(&self, items: &mut [BatchItem<'_>], places: &[Vec<i64>]) -> Result<Vec<Vec<f32>>, ModelError> {
+        let all = places.iter().map(Vec::len).sum();
         let mut logits = vec![Vec::new(); items.len()];
         let mut done = vec![0; items.len()];
-        while done.iter().zip(&places).any(|(done, positions)| *done < positions.len()) {
-            let mut room = PASS_TOKENS_MAX;
+        while done.iter().zip(places).any(|(done, positions)| *done < positions.len()) {
+            let mut room = pass_tokens(all);
             let (mut segments, mut members) = (Vec::new(), Vec::new());
             for (index, item) in items.iter_mut().enumerate() {
                 let part = done[index]..(done[index] + room).min(item.tokens.len());
@@ -425,7 +462,12 @@ impl Model {
         self.check_positions(positions)
     }
 
+    fn check_own(&self, context: &Context) -> Result<(), ModelError> {
+        if Arc::ptr_eq(&self.layout, &context.layout) { Ok(()) } else { Err(ModelError::Foreign) }
+    }
+
     fn check_whole(&self, context: &Context) -> Result<(), ModelError> {
+        self.check_own(context)?;
         let layers = context.layers();
         if layers == (0..self.config.layers.len()) { Ok(()) } else { Err(ModelError::Part { layers }) }
     }
@@ -445,6 +487,11 @@ impl Model {
             Some(position) => Err(ModelError::ContextLength { position: *position, context }),
         }
     }
+}
+
+/// Tokens of each pass but the last, for `all` tokens.
+fn pass_tokens(all: usize) -> usize {
+    all.div_ceil(all.div_ceil(PASS_TOKENS_MAX).max(1)).max(1)
 }
 
 /// The token with the largest logit; the first of equals.

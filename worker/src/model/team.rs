@@ -196,9 +196,9 @@ fn member(shared: &Shared) {
             }
             turns += 1;
             if turns < SPINS_BEFORE_SLEEP {
-                std::hint::spin_loop()
+                std::hint::spin_loop();
             } else {
-                std::thread::park()
+                std::thread::park();
             }
             continue;
         }

@@ -45,7 +45,7 @@ pub(crate) fn silu_times(gate: &mut [f32], up: &[f32]) {
 
 /// gate = gelu(gate) · up, GELU in its tanh form: x (1 + tanh u) / 2 = x σ(2u) with u = √(2/π) (x + 0.044715 x³).
 pub(crate) fn gelu_times(gate: &mut [f32], up: &[f32]) {
-    const TWICE_ROOT: f32 = 1.595_769_1;
+    const TWICE_ROOT: f32 = 1.595_769_2;
     Arch::new().dispatch(|| {
         for (gate, up) in gate.iter_mut().zip(up) {
             let x = *gate;

@@ -344,7 +344,6 @@ impl Attention {
                 LayerBuffers::Tensors(_) => unreachable!("refused above"),
             }
         });
-        drop(shown);
         let shape = (self.heads, pass.places[0].rows.len(), columns);
         pass.show(Tap::Attention, index, || Tensor::from_vec(seen, shape, &Device::Cpu))?;
         let output = stored(&self.output)?;

@@ -21,9 +21,10 @@ use super::tokenizer::{BuildError, Tokenizer};
 use super::weights::{Precision, Source, WeightError, Weights};
 use crate::cache::{CacheLayout, KvCache};
 
-/// Tokens that one pass takes at most; longer texts run in pieces, which bounds attention scores to this times S. Pieces are
-/// about equal: a short one at the end would run as a decode does, with activations rounded to 8 bits.
-pub const PASS_TOKENS_MAX: usize = 512;
+/// Tokens that one pass takes at most; longer texts run in pieces, which bounds what activations take. More would not be
+/// faster: from here on nearly all time is products. Pieces are about equal: a short one at the end would run as a decode does,
+/// with activations rounded to 8 bits.
+pub const PASS_TOKENS_MAX: usize = 256;
 
 /// How a model is loaded.
 #[derive(Debug, Clone, Default)]
@@ -32,6 +33,8 @@ pub struct LoadOptions {
     pub expected_fingerprint: Option<String>,
     /// How projections are held and multiplied.
     pub precision: Precision,
+    /// Load without the tokenizer, for a program that deals in ids only: Gemma's takes 70 MB and seconds.
+    pub ids_only: bool,
     /// How running sequences hold keys and values; with [`Precision::F32`] always as computed.
     pub cache: CachePrecision,
 }
@@ -68,12 +71,16 @@ pub enum Output {
 pub struct Model {
     path: PathBuf,
     config: ModelConfig,
-    tokenizer: Tokenizer,
+    /// None: loaded for ids only.
+    tokenizer: Option<Tokenizer>,
     decoder: Decoder,
     layout: Arc<CacheLayout>,
     precision: Precision,
     cache: CachePrecision,
 }
+
+/// What loading puts together.
+type Parts = (ModelConfig, Decoder, Option<Tokenizer>);
 
 impl Model {
     /// Loads a GGUF file, or a directory in Hugging Face's layout. With [`Precision::F32`] weights become f32, except
@@ -88,17 +95,14 @@ impl Model {
             let (path, expected) = (path.to_path_buf(), expected.clone());
             return Err(ModelError::CorruptModel { path, expected, got: fingerprint });
         }
-        let (config, decoder, tokenizer) = if path.is_dir() {
-            Self::load_directory(path, options.precision)?
-        } else {
-            Self::load_gguf(path, options.precision)?
-        };
+        let (config, decoder, tokenizer) =
+            if path.is_dir() { Self::load_directory(path, options)? } else { Self::load_gguf(path, options)? };
         let layout = Arc::new(CacheLayout::new(&config, fingerprint));
         let (precision, cache) = (options.precision, options.cache);
         Ok(Self { path: path.to_path_buf(), config, tokenizer, decoder, layout, precision, cache })
     }
 
-    fn load_gguf(path: &Path, precision: Precision) -> Result<(ModelConfig, Decoder, Tokenizer), ModelError> {
+    fn load_gguf(path: &Path, options: &LoadOptions) -> Result<Parts, ModelError> {
         let in_file = |source: GgufError| ModelError::Gguf { path: path.to_path_buf(), source };
         let wrong = |error: ConfigError| match error {
             ConfigError::Gguf(source) => in_file(source),
@@ -109,30 +113,42 @@ impl Model {
             WeightError::Model(error) => error,
             WeightError::Tensor(error) => error.into(),
         };
-        let gguf = Gguf::open(path).map_err(in_file)?;
+        let mut gguf = Gguf::open(path).map_err(in_file)?;
         let family = family_of(&gguf.metadata).map_err(wrong)?;
-        let mut weights = Weights::new(Source::Gguf(&gguf), family, precision);
-        let divisors = weights.rope_divisors().map_err(taken)?;
+        let divisors = Weights::new(Source::Gguf(&gguf), family, options.precision).rope_divisors().map_err(taken)?;
         let config = ModelConfig::from_metadata(&gguf.metadata, divisors).map_err(wrong)?;
+        // Before the weights, which then take the place of the vocabulary's text and of what was built from it.
+        let metadata = std::mem::take(&mut gguf.metadata);
+        let tokens = metadata.texts("tokenizer.ggml.tokens").map_err(in_file)?.map_or(0, <[String]>::len);
+        let tokenizer = match options.ids_only {
+            true => None,
+            false => Some(Tokenizer::from_metadata(&metadata).map_err(|error| match error {
+                BuildError::Gguf(source) => in_file(source),
+                BuildError::Model(error) => error,
+            })?),
+        };
+        drop(metadata);
+        let mut weights = Weights::new(Source::Gguf(&gguf), family, options.precision);
+        // Known already; asked for again as one of the tensors that are used.
+        weights.rope_divisors().map_err(taken)?;
         let name = weights.name(Part::Embedding, "weight");
         let decoder = Decoder::load(&config, weights).map_err(taken)?;
-        let tokenizer = Tokenizer::from_metadata(&gguf.metadata).map_err(|error| match error {
-            BuildError::Gguf(source) => in_file(source),
-            BuildError::Model(error) => error,
-        })?;
-        if tokenizer.size() != decoder.vocabulary() {
-            let (expected, got) = (vec![tokenizer.size(), config.hidden], vec![decoder.vocabulary(), config.hidden]);
+        if tokens != decoder.vocabulary() {
+            let (expected, got) = (vec![tokens, config.hidden], vec![decoder.vocabulary(), config.hidden]);
             return Err(ModelError::TensorShape { name, expected, got });
         }
         Ok((config, decoder, tokenizer))
     }
 
-    fn load_directory(path: &Path, precision: Precision) -> Result<(ModelConfig, Decoder, Tokenizer), ModelError> {
+    fn load_directory(path: &Path, options: &LoadOptions) -> Result<Parts, ModelError> {
         let checkpoint = Checkpoint::open(path)?;
         let settings = Settings::read(&checkpoint)?;
-        let tokenizer = Tokenizer::from_checkpoint(&checkpoint, &settings)?;
+        let tokenizer = match options.ids_only {
+            true => None,
+            false => Some(Tokenizer::from_checkpoint(&checkpoint, &settings)?),
+        };
         let source = Source::Checkpoint { files: &checkpoint, tied: settings.tied };
-        let weights = Weights::new(source, settings.config.family, precision);
+        let weights = Weights::new(source, settings.config.family, options.precision);
         let name = weights.name(Part::Embedding, "weight");
         let decoder = Decoder::load(&settings.config, weights).map_err(|error| match error {
             WeightError::Gguf(_) => unreachable!("no GGUF file is open"),
@@ -140,7 +156,7 @@ impl Model {
             WeightError::Tensor(error) => error.into(),
         })?;
         // Embeddings are often padded to a round number of rows; a token without a row cannot be run.
-        let rows = if tokenizer.size() > settings.vocabulary { tokenizer.size() } else { settings.vocabulary };
+        let rows = tokenizer.as_ref().map_or(0, Tokenizer::size).max(settings.vocabulary);
         if rows != decoder.vocabulary() {
             let (expected, got) =
                 (vec![rows, settings.config.hidden], vec![decoder.vocabulary(), settings.config.hidden]);
@@ -165,8 +181,16 @@ impl Model {
     }
 
     /// Text to ids and back.
+    ///
+    /// # Panics
+    /// If the model was loaded with [`LoadOptions::ids_only`].
     pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
+        self.tokenizer.as_ref().expect("a model loaded for ids only is not asked for text")
+    }
+
+    /// Number of ids.
+    pub fn vocabulary(&self) -> usize {
+        self.decoder.vocabulary()
     }
 
     /// What a cache must look like to fit.
@@ -442,7 +466,7 @@ impl Model {
         let mut generated = Vec::new();
         while generated.len() < count {
             let next = argmax(&logits);
-            if self.tokenizer.is_end(next) {
+            if self.tokenizer().is_end(next) {
                 break;
             }
             generated.push(next);

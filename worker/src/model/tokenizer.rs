@@ -8,16 +8,21 @@
 //!
 //! Text of users never yields ids of special tokens; only a chat template's own text may.
 
-use std::collections::BTreeSet;
-use std::path::Path;
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::{NFC, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+use tokenizers::{
+    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
+    SplitDelimiterBehavior, Token, TokenizerImpl,
+};
 
 use super::error::ModelError;
 use super::gguf::{Gguf, GgufError, Metadata, Value};
@@ -49,9 +54,9 @@ const SPACE_MARK: &str = "\u{2581}";
 #[derive(Debug)]
 pub struct Tokenizer {
     /// Matches special tokens in text: for the template's own words.
-    pub(super) with_specials: tokenizers::Tokenizer,
+    pub(super) with_specials: Engine,
     /// Treats their spelling as plain text.
-    pub(super) plain: tokenizers::Tokenizer,
+    pub(super) plain: Engine,
     pub(super) specials: BTreeSet<u32>,
     pub(super) special_texts: Vec<String>,
     pub(super) tokens: usize,
@@ -111,14 +116,13 @@ impl Tokenizer {
         };
         tokenizer.add_tokens(added(&mut of_type(&[USER_DEFINED]), false)).map_err(failed)?;
         tokenizer.add_special_tokens(added(&mut of_type(&[UNKNOWN, CONTROL]), true)).map_err(failed)?;
-        let mut plain = tokenizer.clone();
-        plain.set_encode_special_tokens(true);
+        let (with_specials, plain) = pair(tokenizer)?;
         let bos = id(metadata, "tokenizer.ggml.bos_token_id", tokens.len())?;
         let eos = id(metadata, "tokenizer.ggml.eos_token_id", tokens.len())?;
         let end_of_turn = id(metadata, "tokenizer.ggml.eot_token_id", tokens.len())?;
         let ids = (0_u32..).zip(&types).filter(|(_, kind)| **kind == CONTROL).map(|(id, _)| id);
         Ok(Self {
-            with_specials: tokenizer,
+            with_specials,
             plain,
             specials: ids.collect(),
             special_texts,
@@ -223,6 +227,73 @@ impl Tokenizer {
     pub(crate) fn spells_special(&self, text: &str) -> bool {
         self.special_texts.iter().any(|special| text.contains(special.as_str()))
     }
+}
+
+/// A tokenizer of the library whose vocabulary is shared with another: that of Gemma takes 70 MB.
+pub(super) type Engine =
+    TokenizerImpl<Shared, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
+
+/// Vocabulary and merges.
+#[derive(Debug, Clone)]
+pub(super) struct Shared(Arc<ModelWrapper>);
+
+impl tokenizers::Model for Shared {
+    type Trainer = TrainerWrapper;
+
+    fn tokenize(&self, sequence: &str) -> tokenizers::Result<Vec<Token>> {
+        self.0.tokenize(sequence)
+    }
+
+    fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.0.token_to_id(token)
+    }
+
+    fn id_to_token(&self, id: u32) -> Option<String> {
+        self.0.id_to_token(id)
+    }
+
+    fn get_vocab(&self) -> HashMap<String, u32> {
+        self.0.get_vocab()
+    }
+
+    fn get_vocab_size(&self) -> usize {
+        self.0.get_vocab_size()
+    }
+
+    fn save(&self, folder: &Path, prefix: Option<&str>) -> tokenizers::Result<Vec<PathBuf>> {
+        self.0.save(folder, prefix)
+    }
+
+    fn get_trainer(&self) -> TrainerWrapper {
+        self.0.get_trainer()
+    }
+}
+
+/// Two of the same: one that matches special tokens in text, and one that takes their spelling as plain text.
+pub(super) fn pair(whole: tokenizers::Tokenizer) -> Result<(Engine, Engine), ModelError> {
+    let (normalizer, splitter) = (whole.get_normalizer().cloned(), whole.get_pre_tokenizer().cloned());
+    let (after, decoder) = (whole.get_post_processor().cloned(), whole.get_decoder().cloned());
+    let added = whole.get_added_tokens_decoder();
+    let mut ids: Vec<_> = added.keys().copied().collect();
+    ids.sort_unstable();
+    // In the order of their ids, so that those outside the vocabulary get the same ones again.
+    let added: Vec<_> = ids.into_iter().map(|id| added[&id].clone()).collect();
+    let model = Shared(Arc::new(whole.get_model().clone()));
+    drop(whole);
+    let mut with_specials = Engine::new(model);
+    with_specials.with_normalizer(normalizer).map_err(failed)?;
+    with_specials.with_pre_tokenizer(splitter).with_post_processor(after).with_decoder(decoder);
+    // One by one: the library puts special tokens of a list before the others.
+    for token in added {
+        match token.special {
+            true => with_specials.add_special_tokens([token]),
+            false => with_specials.add_tokens([token]),
+        }
+        .map_err(failed)?;
+    }
+    let mut plain = with_specials.clone();
+    plain.set_encode_special_tokens(true);
+    Ok((with_specials, plain))
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]

@@ -197,6 +197,14 @@ impl ModelArgs {
     /// # Errors
     /// If the model is not there or cannot be loaded.
     pub fn load(&self) -> Result<Model, ToolError> {
+        self.load_with(false)
+    }
+
+    /// The same, without the tokenizer if only ids will be run.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::load`].
+    pub fn load_with(&self, ids_only: bool) -> Result<Model, ToolError> {
         if let Some(threads) = self.threads {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build_global();
             pool.map_err(|error| ToolError::Request(format!("start {threads} threads: {error}")))?;
@@ -210,7 +218,7 @@ impl ModelArgs {
             KvArg::F32 => CachePrecision::F32,
             KvArg::F16 => CachePrecision::F16,
         };
-        Ok(Model::load(&path, &LoadOptions { expected_fingerprint, precision, cache })?)
+        Ok(Model::load(&path, &LoadOptions { expected_fingerprint, precision, cache, ids_only })?)
     }
 }
 

@@ -16,9 +16,9 @@ use crate::model::{argmax, tensors};
 /// If the model cannot be loaded or run.
 pub fn bench(args: &BenchArgs) -> Result<(), ToolError> {
     let started = Instant::now();
-    let model = args.model.load()?;
+    let model = args.model.load_with(true)?;
     let load_s = started.elapsed().as_secs_f64();
-    let vocabulary = model.tokenizer().size();
+    let vocabulary = model.vocabulary();
     // Ids that any vocabulary has, without a pattern.
     let ids: Vec<u32> =
         (0..args.prompt).map(|i| (1000 + i * 7919) % vocabulary.min(40_000)).map(|id| id as u32).collect();

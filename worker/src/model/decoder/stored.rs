@@ -55,13 +55,9 @@ struct Turns {
 /// Activations of one pass, all `[T, width]`.
 struct Activations {
     normed: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    mixed: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
     branch: Vec<f32>,
+    /// Attention's and the MLP's in turn: they are never needed together.
+    inner: Vec<f32>,
 }
 
 impl Decoder {
@@ -121,17 +117,19 @@ impl Decoder {
 impl Activations {
     fn new(config: &ModelConfig, rows: usize) -> Self {
         let zeros = |width: usize| vec![0.0; rows * width];
-        let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        Self {
-            normed: zeros(config.hidden),
-            q: zeros(q_width),
-            k: zeros(kv_width),
-            v: zeros(kv_width),
-            mixed: zeros(q_width),
-            gate: zeros(config.mlp),
-            up: zeros(config.mlp),
-            branch: zeros(config.hidden),
-        }
+        let attention = 2 * (config.heads + config.kv_heads) * config.head_dim;
+        Self { normed: zeros(config.hidden), branch: zeros(config.hidden), inner: zeros(attention.max(2 * config.mlp)) }
+    }
+
+    /// `normed`, `branch`, and parts of the inner memory with these widths.
+    fn parts<const N: usize>(&mut self, widths: [usize; N], rows: usize) -> (&[f32], &mut [f32], [&mut [f32]; N]) {
+        let mut rest = self.inner.as_mut_slice();
+        let parts = widths.map(|width| {
+            let (part, more) = std::mem::take(&mut rest).split_at_mut(width * rows);
+            rest = more;
+            part
+        });
+        (&self.normed, &mut self.branch, parts)
     }
 }
 
@@ -232,17 +230,16 @@ impl Block {
         self.attention.run(index, segments, pass, a)?;
         join(x, &mut a.branch, self.post_attention_norm.as_ref());
         self.mlp_norm.rows(x, &mut a.normed);
-        let width = self.mlp_norm.values.len();
-        let normed = Operand::new(&a.normed, width, pass.kernel);
         let (gate, up, down) = (stored(&self.mlp.gate)?, stored(&self.mlp.up)?, stored(&self.mlp.down)?);
-        products(&normed, [(gate.0, &mut a.gate[..]), (up.0, &mut a.up[..])]);
-        let wide = gate.0.rows();
+        let (width, wide) = (gate.0.cols(), gate.0.rows());
+        let (normed, branch, [inner, ups]) = a.parts([wide, wide], x.len() / width);
+        products(&Operand::new(normed, width, pass.kernel), [(gate.0, &mut *inner), (up.0, &mut *ups)]);
         let times = match self.mlp.activation {
             Activation::Silu => vector::silu_times,
             Activation::GeluTanh => vector::gelu_times,
         };
-        team().chunks(&mut a.gate, wide, |row, gate| times(gate, &a.up[row * wide..][..wide]));
-        products(&Operand::new(&a.gate, wide, pass.kernel), [(down.0, &mut a.branch[..])]);
+        team().chunks(inner, wide, |row, gate| times(gate, &ups[row * wide..][..wide]));
+        products(&Operand::new(inner, wide, pass.kernel), [(down.0, branch)]);
         join(x, &mut a.branch, self.post_mlp_norm.as_ref());
         Ok(())
     }
@@ -292,20 +289,22 @@ impl Attention {
         a: &mut Activations,
     ) -> Result<()> {
         let (q, k, v) = (stored(&self.q)?, stored(&self.k)?, stored(&self.v)?);
-        let normed = Operand::new(&a.normed, q.0.cols(), pass.kernel);
-        products(&normed, [(q.0, &mut a.q[..]), (k.0, &mut a.k[..]), (v.0, &mut a.v[..])]);
-        add_bias(&mut a.q, q.1);
-        add_bias(&mut a.k, k.1);
-        add_bias(&mut a.v, v.1);
-        self.norm_heads(&mut a.q, self.heads, self.q_norm.as_ref());
-        self.norm_heads(&mut a.k, self.kv_heads, self.k_norm.as_ref());
-        pass.show_heads(Tap::KeyPlain, index, &a.k)?;
-        self.turn_heads(&mut a.q, self.heads, pass.turns(index));
-        self.turn_heads(&mut a.k, self.kv_heads, pass.turns(index));
-        pass.show_heads(Tap::Key, index, &a.k)?;
-        pass.show_heads(Tap::Value, index, &a.v)?;
+        let (q_width, kv_width) = (q.0.rows(), k.0.rows());
+        let rows = a.normed.len() / q.0.cols();
+        let (normed, branch, [qs, ks, vs, mixed]) = a.parts([q_width, kv_width, kv_width, q_width], rows);
+        let normed = Operand::new(normed, q.0.cols(), pass.kernel);
+        products(&normed, [(q.0, &mut *qs), (k.0, &mut *ks), (v.0, &mut *vs)]);
+        add_bias(qs, q.1);
+        add_bias(ks, k.1);
+        add_bias(vs, v.1);
+        self.norm_heads(qs, self.heads, self.q_norm.as_ref());
+        self.norm_heads(ks, self.kv_heads, self.k_norm.as_ref());
+        pass.show_heads(Tap::KeyPlain, index, ks)?;
+        self.turn_heads(qs, self.heads, pass.turns(index));
+        self.turn_heads(ks, self.kv_heads, pass.turns(index));
+        pass.show_heads(Tap::Key, index, ks)?;
+        pass.show_heads(Tap::Value, index, vs)?;
 
-        let width = self.kv_heads * self.head_dim;
         let window = pass.turns(index).layer.window;
         let columns = pass.places[0].positions.len();
         // All scores of a layer exist only if somebody wants to see them.
@@ -313,8 +312,8 @@ impl Attention {
             vec![0.0; if pass.observer.is_some() { self.heads * pass.places[0].rows.len() * columns } else { 0 }];
         let shown = (!seen.is_empty()).then(|| Output::new(&mut seen, columns));
         for (segment, place) in segments.iter_mut().zip(&pass.places) {
-            let rows = place.rows.start * width..place.rows.end * width;
-            let (k, v) = (&a.k[rows.clone()], &a.v[rows]);
+            let rows = place.rows.start * kv_width..place.rows.end * kv_width;
+            let (k, v) = (&ks[rows.clone()], &vs[rows]);
             let first = segment.context.first_layer;
             match &mut segment.context.layers[index - first] {
                 LayerBuffers::F32(buffers) => buffers.append_rows(k, v),
@@ -324,7 +323,7 @@ impl Attention {
         }
         let blocks = pass.places.iter().map(|place| place.rows.len().div_ceil(QUERY_ROWS));
         let most_blocks = blocks.max().unwrap_or(0);
-        let mixed = Output::new(&mut a.mixed, self.heads * self.head_dim);
+        let out = Output::new(mixed, q_width);
         // Later blocks see more columns, so they go first.
         team().each(pass.places.len() * self.heads * most_blocks, |task| {
             let (block, rest) =
@@ -336,8 +335,7 @@ impl Attention {
                 return;
             }
             let context = &segments[sequence].context;
-            let job =
-                Job { attention: self, place, window, head, queries, q: &a.q, mixed: &mixed, shown: shown.as_ref() };
+            let job = Job { attention: self, place, window, head, queries, q: qs, mixed: &out, shown: shown.as_ref() };
             match &context.layers[index - context.first_layer] {
                 LayerBuffers::F32(buffers) => job.run(buffers),
                 LayerBuffers::F16(buffers) => job.run(buffers),
@@ -347,7 +345,7 @@ impl Attention {
         let shape = (self.heads, pass.places[0].rows.len(), columns);
         pass.show(Tap::Attention, index, || Tensor::from_vec(seen, shape, &Device::Cpu))?;
         let output = stored(&self.output)?;
-        products(&Operand::new(&a.mixed, self.heads * self.head_dim, pass.kernel), [(output.0, &mut a.branch[..])]);
+        products(&Operand::new(mixed, q_width, pass.kernel), [(output.0, branch)]);
         Ok(())
     }
 

@@ -6,7 +6,7 @@
 use serde_json::Value;
 
 use super::super::error::ModelError;
-use super::super::tokenizer::{Tokenizer, failed};
+use super::super::tokenizer::{Tokenizer, failed, pair};
 use super::checkpoint::{Checkpoint, CheckpointError, SPECIAL_TOKENS, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, refused};
 use super::config::Settings;
 
@@ -40,12 +40,14 @@ impl Tokenizer {
                 return Err(ModelError::Tokenizer { what });
             }
         };
-        let mut plain = with_specials.clone();
-        plain.set_encode_special_tokens(true);
+        let specials = special().map(|(id, _)| *id).filter(|id| Some(*id) != unknown).collect();
+        let special_texts = special().map(|(_, token)| token.content.clone()).collect();
+        let tokens = with_specials.get_vocab_size(true);
+        let (with_specials, plain) = pair(with_specials)?;
         Ok(Self {
-            specials: special().map(|(id, _)| *id).filter(|id| Some(*id) != unknown).collect(),
-            special_texts: special().map(|(_, token)| token.content.clone()).collect(),
-            tokens: with_specials.get_vocab_size(true),
+            specials,
+            special_texts,
+            tokens,
             bos,
             eos,
             ends: eos.into_iter().chain(settings.ends.iter().copied()).collect(),

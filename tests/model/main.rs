@@ -10,6 +10,7 @@
 //! - `gradients`: through frozen models, against PyTorch and finite differences.
 //! - `damage`: files that lie, are cut or are garbage.
 //! - `text`: tokenizers and chat templates; `tokens`: their ids against llama.cpp's, for 200 strings.
+//! - `writing`: samplers with seeds, many sequences that write at once, and the tool that runs them.
 //! - `experiments`: the procedures, on tiny models and on the real ones.
 
 #![allow(
@@ -31,3 +32,4 @@ mod stored;
 mod text;
 mod tiny;
 mod tokens;
+mod writing;

@@ -369,10 +369,13 @@ fn parts_used_wrongly_are_refused() {
     });
 }
 
+/// Ids, and the position of the first.
+type Piece = (Vec<u32>, i64);
+
 type Seen = BTreeMap<(usize, String), Tensor>;
 
-/// What an observer sees of the last of `pieces`, (tokens, first position) each.
-fn seen(model: &Model, pieces: &[(Vec<u32>, i64)]) -> Seen {
+/// What an observer sees of the last of `pieces`.
+fn seen(model: &Model, pieces: &[Piece]) -> Seen {
     let mut seen = Seen::new();
     let mut context = model.start().unwrap();
     let (last, before) = pieces.split_last().unwrap();
@@ -390,13 +393,7 @@ fn seen(model: &Model, pieces: &[(Vec<u32>, i64)]) -> Seen {
 }
 
 /// Every tap of both paths; the worst relative L2 of each kind.
-fn same_taps(
-    place: &str,
-    exact: &Model,
-    stored: &Model,
-    pieces: &[(Vec<u32>, i64)],
-    limit: f64,
-) -> BTreeMap<String, f64> {
+fn same_taps(place: &str, exact: &Model, stored: &Model, pieces: &[Piece], limit: f64) -> BTreeMap<String, f64> {
     let (want, got) = (seen(exact, pieces), seen(stored, pieces));
     assert_eq!(want.len(), 5 * exact.config().layers.len(), "{place}");
     let mut worst = BTreeMap::new();
@@ -427,7 +424,7 @@ fn listed(worst: &BTreeMap<String, f64>) -> String {
 }
 
 /// Pieces at the positions that follow, with a gap, back to the start, and far beyond again; each at least 8 tokens.
-fn walks(model: &Model, window: i64) -> Vec<(&'static str, Vec<(Vec<u32>, i64)>)> {
+fn walks(model: &Model, window: i64) -> Vec<(&'static str, Vec<Piece>)> {
     let piece = |salt: usize, count: usize, first: i64| (ids(model, salt, count), first);
     vec![
         ("one piece", vec![piece(0, 70, 0)]),

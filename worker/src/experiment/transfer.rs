@@ -15,7 +15,7 @@ use super::facts::{CITIES, Fact, candidate_tokens};
 use super::inspect::max_abs;
 use super::{Progress, model_facts};
 use crate::cache::{KvCache, Matched, Part};
-use crate::model::{Context, Model, ModelError, argmax};
+use crate::model::{Context, Model, ModelError, Sampler, argmax};
 
 /// Tokens that the seed project's source generated before its cache was taken.
 const NAIVE_TOKENS: usize = 30;
@@ -79,7 +79,7 @@ pub fn make_caches(
         let logits = model.prefill(&mut context, &ids)?;
         send(packet_key(index), &model.extract(&context)?)?;
         if spec.conditions.contains(&Condition::Naive) {
-            let written = model.generate(&mut context, logits, NAIVE_TOKENS)?.len();
+            let written = model.generate(&mut context, logits, NAIVE_TOKENS, &mut Sampler::greedy())?.tokens.len();
             // The seed's loop never fed its last token back, so that token is not in the cache.
             let kept = if written == NAIVE_TOKENS { written - 1 } else { written };
             let cache = model.extract(&context)?.slice_tokens(0..ids.len() + kept)?.with_generated(kept);
@@ -277,8 +277,8 @@ impl Target<'_> {
     /// The likeliest answer's text.
     fn answer(&self, mut asked: Asked) -> Result<String, ExperimentError> {
         let count = self.spec.answer_tokens as usize;
-        let ids = self.model.generate(&mut asked.context, asked.logits, count)?;
-        Ok(self.model.tokenizer().decode(&ids)?)
+        let written = self.model.generate(&mut asked.context, asked.logits, count, &mut Sampler::greedy())?;
+        Ok(self.model.tokenizer().decode(&written.tokens)?)
     }
 
     /// The likeliest city, and the probability of `answer` among the cities.

@@ -191,6 +191,14 @@ pub enum ModelError {
         /// Given.
         got: usize,
     },
+    /// Logits of another length than the vocabulary.
+    #[error("{got} logits, expected {expected}")]
+    Logits {
+        /// The vocabulary.
+        expected: usize,
+        /// Given.
+        got: usize,
+    },
     /// A cache could not be injected.
     #[error("inject a cache")]
     Cache(#[from] crate::cache::CacheError),

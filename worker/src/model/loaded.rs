@@ -188,7 +188,7 @@ impl Model {
         self.tokenizer.as_ref().expect("a model loaded for ids only is not asked for text")
     }
 
-    /// Number of ids.
+    /// Number of ids, and so of logits at each position.
     pub fn vocabulary(&self) -> usize {
         self.decoder.vocabulary()
     }
@@ -457,24 +457,6 @@ impl Model {
         Ok(self.decoder.forward_tracked(&self.config, prefix, adapters, (tokens, positions), scored)?)
     }
 
-    /// Extends a sequence by the likeliest token each time, up to `count` tokens or until the model ends its text. The
-    /// end token is not among the result. `logits` are those at the last position so far.
-    ///
-    /// # Errors
-    /// As [`Model::forward`].
-    pub fn generate(&self, context: &mut Context, mut logits: Vec<f32>, count: usize) -> Result<Vec<u32>, ModelError> {
-        let mut generated = Vec::new();
-        while generated.len() < count {
-            let next = argmax(&logits);
-            if self.tokenizer().is_end(next) {
-                break;
-            }
-            generated.push(next);
-            logits = self.prefill(context, &[next])?;
-        }
-        Ok(generated)
-    }
-
     fn check_input(&self, tokens: &[u32], positions: &[i64]) -> Result<(), ModelError> {
         if tokens.len() != positions.len() || tokens.is_empty() {
             return Err(ModelError::Input { tokens: tokens.len(), positions: positions.len() });
@@ -490,7 +472,7 @@ impl Model {
         if Arc::ptr_eq(&self.layout, &context.layout) { Ok(()) } else { Err(ModelError::Foreign) }
     }
 
-    fn check_whole(&self, context: &Context) -> Result<(), ModelError> {
+    pub(super) fn check_whole(&self, context: &Context) -> Result<(), ModelError> {
         self.check_own(context)?;
         let layers = context.layers();
         if layers == (0..self.config.layers.len()) { Ok(()) } else { Err(ModelError::Part { layers }) }

@@ -11,7 +11,7 @@
 //! - [`quant`], `linear`, [`table`], `decoder`: the computation; [`context`]: the state of one sequence.
 //! - `grad`: operations with a gradient, for [`Model::forward_tracked`].
 //! - [`tokenizer`], [`chat`]: text to ids and back.
-//! - [`loaded`]: [`Model`], which puts them together.
+//! - [`loaded`]: [`Model`], which puts them together; [`sampling`], [`generate`]: letting it write.
 
 pub mod chat;
 pub mod config;
@@ -19,6 +19,7 @@ pub mod context;
 mod decoder;
 pub mod error;
 pub mod family;
+pub mod generate;
 pub mod gguf;
 mod grad;
 pub mod hf;
@@ -28,6 +29,7 @@ mod matrix;
 mod names;
 pub mod quant;
 pub mod rope;
+pub mod sampling;
 pub mod table;
 pub mod team;
 pub mod tokenizer;
@@ -39,6 +41,8 @@ pub use config::ModelConfig;
 pub use context::{CachePrecision, Context};
 pub use decoder::{Adapter, Adapters, Logits, Observer, Projection, Tap, TrackedCache};
 pub use error::ModelError;
+pub use generate::{End, Generated, Sequence};
 pub use loaded::{BatchItem, Input, LoadOptions, Model, Output, argmax, fingerprint, tensors};
+pub use sampling::{Sampler, Sampling, SamplingError};
 pub use tokenizer::Tokenizer;
 pub use weights::Precision;

@@ -7,14 +7,14 @@ use clap::{Args, Subcommand, ValueEnum};
 use protocol::models::ModelsDir;
 
 use crate::cache::CacheError;
-use crate::model::{CachePrecision, LoadOptions, Model, ModelError, Precision};
+use crate::model::{CachePrecision, LoadOptions, Model, ModelError, Precision, SamplingError};
 
 /// `model …`.
 #[derive(Debug, Subcommand)]
 pub enum ModelCommand {
     /// Show architecture, tensors, cache bytes a token and memory by phase.
     Show(ShowArgs),
-    /// Run one prompt: text, timing, top logits; save or load the cache.
+    /// Run prompts: text, timing, top logits; save or load the cache.
     Run(RunArgs),
     /// Measure prefill, decode and peak memory.
     Bench(BenchArgs),
@@ -77,31 +77,37 @@ pub struct RunArgs {
     /// Which.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// The prompt.
-    #[arg(long, required_unless_present = "ids", conflicts_with = "ids")]
-    pub text: Option<String>,
+    /// The prompt; given several times, the prompts run as one batch.
+    #[arg(long, required_unless_present_any = ["ids", "batch"], conflicts_with_all = ["ids", "batch"])]
+    pub text: Vec<String>,
+    /// Prompts that run as one batch: a file with one a line; empty lines are skipped.
+    #[arg(long, value_name = "FILE", conflicts_with = "ids")]
+    pub batch: Option<PathBuf>,
     /// The prompt as token ids.
     #[arg(long, value_delimiter = ',')]
     pub ids: Option<Vec<u32>>,
     /// Put the text into the model's chat template, as the user's turn.
-    #[arg(long, requires = "text")]
+    #[arg(long, conflicts_with = "ids")]
     pub chat: bool,
-    /// Tokens to generate at most.
+    /// Tokens to generate at most, of each prompt.
     #[arg(long, default_value_t = 32, value_name = "N")]
     pub tokens: usize,
     /// 0: always the likeliest token. Above: sampled.
-    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    #[arg(long, default_value_t = 0.0, value_name = "T", allow_negative_numbers = true)]
     pub temperature: f64,
-    /// Sample from the likeliest tokens that hold this much probability.
-    #[arg(long, value_name = "P")]
+    /// Sample from this many of the likeliest tokens.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Sample from the likeliest tokens that hold this much probability, above 0 and at most 1.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
-    /// Seed of the sampling: the same seed gives the same text.
+    /// Seed of the sampling: the same seed gives the same text. The second prompt's is one more, and so on.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Save cache, hidden states and logits of the prompt: safetensors, names in `docs/model.md`.
+    /// Save cache, hidden states and logits of the one prompt: safetensors, names in `docs/model.md`.
     #[arg(long, value_name = "FILE")]
     pub save: Option<PathBuf>,
-    /// Begin from a packet: the prompt goes on after what it holds.
+    /// Begin from a packet: every prompt goes on after what it holds.
     #[arg(long, value_name = "FILE")]
     pub cache: Option<PathBuf>,
     /// One JSON document.
@@ -153,6 +159,18 @@ pub enum ToolError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The file of prompts could not be read.
+    #[error("cannot read {}", path.display())]
+    Prompts {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Temperature, top-k or top-p choose nothing.
+    #[error("cannot sample with {0}")]
+    Sampling(#[from] SamplingError),
     /// stdout could not be written.
     #[error("cannot write the answer")]
     Output(#[from] std::io::Error),

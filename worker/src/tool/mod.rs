@@ -5,7 +5,7 @@
 //!
 //! Layout:
 //! - [`args`]: the command line, and finding the model.
-//! - [`show`]: architecture, tensors, memory. [`run`]: one prompt. [`mod@bench`]: rates and peak memory.
+//! - [`show`]: architecture, tensors, memory. [`run`]: prompts. [`mod@bench`]: rates and peak memory.
 
 pub mod args;
 pub mod bench;

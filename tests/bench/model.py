@@ -43,7 +43,7 @@ def median(values):
 
 def ours(executor, path):
     command = [executor, "model", "bench", str(path), "--threads", str(THREADS), "--prompt", str(PROMPT),
-               "--decode", str(DECODE), "--runs", "1"]
+               "--decode", str(DECODE), "--runs", "1", "--kv", "f16"]
     answer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return {"prefill": answer["prefill_tokens_per_s"], "decode": answer["decode_tokens_per_s"],
             "peak": answer["peak_bytes"] / answer["file_bytes"]}

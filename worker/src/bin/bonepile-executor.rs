@@ -25,6 +25,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    leave_the_cores_to_the_team();
     let cli = Cli::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
@@ -37,5 +38,16 @@ fn main() -> ExitCode {
             tracing::error!(error = chain(&error), "the executor ends");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// candle's own pool pins its threads and spins without giving way: beside the team's, on the same cores, both crawl. Its
+/// elementwise loops stay on the thread that calls them, unless the environment says otherwise.
+#[expect(unsafe_code, reason = "candle takes this number from the environment only")]
+fn leave_the_cores_to_the_team() {
+    const THREADS: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(THREADS).is_none() {
+        // SAFETY: first in main: this process has no other thread yet.
+        unsafe { std::env::set_var(THREADS, "1") };
     }
 }

@@ -93,6 +93,13 @@ impl ModelConfig {
         })
     }
 
+    /// Bytes of activations that a pass on slices holds for each of its tokens: the residual stream, its normed copy and a
+    /// branch, and the inner part of attention or of the MLP, whichever is wider.
+    pub fn activation_bytes_per_token(&self) -> usize {
+        let inner = (2 * (self.heads + self.kv_heads) * self.head_dim).max(2 * self.mlp);
+        (3 * self.hidden + inner) * size_of::<f32>()
+    }
+
     /// Bytes of K and V that one token takes, both as f32.
     pub fn kv_bytes_per_token(&self) -> usize {
         2 * self.layers.len() * self.kv_heads * self.head_dim * size_of::<f32>()

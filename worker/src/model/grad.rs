@@ -5,10 +5,19 @@
 //! and a stored one is dequantised tile by tile in both directions. CPU, f32, contiguous tensors. Does not know the order
 //! in which a decoder applies them (`decoder::tracked`).
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Storage, Tensor};
 
+use super::error::ModelError;
+use super::family::Activation;
+use super::matrix::{Output, View};
 use super::quant::{Kernel, QuantMatrix};
 use super::team::team;
+use super::vector;
+
+/// Columns of a product that a task computes.
+const COLUMNS_PER_TASK: usize = 96;
+/// Numbers of an elementwise operation that a task takes.
+const ELEMENTS_PER_TASK: usize = 8192;
 
 /// `x Wᵀ` for `x` `[T, inputs]` and a frozen `W` `[outputs, inputs]`: dense f32.
 pub(crate) fn frozen_dense(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
@@ -39,6 +48,27 @@ pub(crate) fn softmax(x: &Tensor, scale: f64, mask: Option<&Tensor>) -> Result<T
     x.contiguous()?.apply_op1(Softmax { scale, mask })
 }
 
+/// act(gate) · up, for two of the same shape.
+pub(crate) fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    gate.contiguous()?.apply_op2(&up.contiguous()?, Gated { activation })
+}
+
+/// Mean cross-entropy, in nats, of `targets` under softmax of `logits` `[T, vocabulary]`: one operation, where separate ones
+/// would go over the vocabulary seven times.
+///
+/// # Errors
+/// [`ModelError::Input`] if there is not one target a row; [`ModelError::TokenRange`] for one outside the vocabulary.
+pub fn next_token_loss(logits: &Tensor, targets: &[u32]) -> std::result::Result<Tensor, ModelError> {
+    let (rows, vocabulary) = logits.dims2()?;
+    if rows == 0 || rows != targets.len() {
+        return Err(ModelError::Input { tokens: targets.len(), positions: rows });
+    }
+    if let Some(id) = targets.iter().find(|id| **id as usize >= vocabulary) {
+        return Err(ModelError::TokenRange { id: *id, vocabulary });
+    }
+    Ok(logits.contiguous()?.apply_op1(CrossEntropy { targets: targets.to_vec() })?)
+}
+
 /// The numbers of a contiguous operand.
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match layout.contiguous_offsets() {
@@ -62,13 +92,45 @@ impl CustomOp1 for Dense {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = Tensor::from_slice(slice(storage, layout)?, layout.shape(), self.weight.device())?;
-        let y = x.matmul(&self.weight.t()?)?;
-        Ok((CpuStorage::F32(numbers(&y)?), y.shape().clone()))
+        let (count, width) = layout.shape().dims2()?;
+        let (outputs, inputs) = self.weight.dims2()?;
+        if width != inputs {
+            candle_core::bail!("{:?} times {:?}", layout.shape(), self.weight.shape());
+        }
+        let (x, mut y) = (slice(storage, layout)?, vec![0_f32; count * outputs]);
+        let (weight, of_weight) = self.weight.storage_and_layout();
+        let weight = View::new(dense(&weight, of_weight)?, [outputs, inputs], inputs);
+        // yᵀ = W xᵀ by tiles of W's rows.
+        share_columns(&mut y, outputs, View::new(x, [count, inputs], inputs), weight.transposed());
+        Ok((CpuStorage::F32(y), (count, outputs).into()))
     }
 
-    fn bwd(&self, _: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        gradient.contiguous()?.matmul(&self.weight).map(Some)
+    fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let (outputs, inputs) = self.weight.dims2()?;
+        let (dy, mut dx) = (numbers(gradient)?, vec![0_f32; x.elem_count()]);
+        let (weight, of_weight) = self.weight.storage_and_layout();
+        let weight = View::new(dense(&weight, of_weight)?, [outputs, inputs], inputs);
+        share_columns(&mut dx, inputs, View::new(&dy, [dy.len() / outputs, outputs], outputs), weight);
+        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
+    }
+}
+
+/// `out = a · b`, columns shared out to the team.
+#[expect(unsafe_code, reason = "tasks write columns of their own")]
+fn share_columns(out: &mut [f32], width: usize, a: View<'_>, b: View<'_>) {
+    let out = Output::new(out, width);
+    team().each(width.div_ceil(COLUMNS_PER_TASK), |task| {
+        let columns = task * COLUMNS_PER_TASK..((task + 1) * COLUMNS_PER_TASK).min(width);
+        // SAFETY: these columns are this task's alone.
+        unsafe { out.multiply((0, columns.start), false, 1.0, a, b.columns(columns)) };
+    });
+}
+
+/// The numbers of a dense f32 weight on the CPU.
+fn dense<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
+    match storage {
+        Storage::Cpu(storage) => slice(storage, layout),
+        _ => candle_core::bail!("f32 weights are multiplied on the CPU"),
     }
 }
 
@@ -103,14 +165,6 @@ struct RmsNorm {
     epsilon: f32,
 }
 
-impl RmsNorm {
-    /// 1 / rms of a row, summed in f32 like the fused kernel.
-    fn factor(&self, row: &[f32]) -> f32 {
-        let mean = row.iter().map(|x| x * x).sum::<f32>() / row.len() as f32;
-        1.0 / (mean + self.epsilon).sqrt()
-    }
-}
-
 impl CustomOp1 for RmsNorm {
     fn name(&self) -> &'static str {
         "rms-norm"
@@ -124,11 +178,7 @@ impl CustomOp1 for RmsNorm {
         }
         let mut y = vec![0_f32; x.len()];
         team().chunks(&mut y, width, |row, y| {
-            let x = &x[row * width..][..width];
-            let factor = self.factor(x);
-            for ((y, x), weight) in y.iter_mut().zip(x).zip(&self.weight) {
-                *y = x * factor * weight;
-            }
+            vector::rms_norm(&x[row * width..][..width], &self.weight, self.epsilon, y);
         });
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
@@ -139,12 +189,10 @@ impl CustomOp1 for RmsNorm {
         let (values, mut result) = (numbers(x)?, numbers(gradient)?);
         team().chunks(&mut result, width, |row, gradient| {
             let x = &values[row * width..][..width];
-            let factor = self.factor(x);
-            let weighted = x.iter().zip(gradient.iter()).zip(&self.weight).map(|((x, dy), w)| x * dy * w);
-            let common = weighted.sum::<f32>() * factor * factor * factor / width as f32;
-            for ((dy, x), weight) in gradient.iter_mut().zip(x).zip(&self.weight) {
-                *dy = *dy * factor * weight - x * common;
-            }
+            let factor = 1.0 / (vector::dot(x, x) / width as f32 + self.epsilon).sqrt();
+            gradient.iter_mut().zip(&self.weight).for_each(|(dy, weight)| *dy *= weight);
+            let common = vector::dot(x, gradient) * factor * factor * factor / width as f32;
+            gradient.iter_mut().zip(x).for_each(|(dy, x)| *dy = *dy * factor - x * common);
         });
         Tensor::from_vec(result, x.shape(), x.device()).map(Some)
     }
@@ -213,17 +261,11 @@ impl CustomOp1 for Softmax {
         let mut y = slice(storage, layout)?.to_vec();
         team().chunks(&mut y, width, |row, y| {
             let mask = self.mask.as_ref().map(|mask| &mask[row % count * width..][..width]);
-            let mut largest = f32::NEG_INFINITY;
-            for (column, y) in y.iter_mut().enumerate() {
-                *y = *y * self.scale + mask.map_or(0.0, |mask| mask[column]);
-                largest = largest.max(*y);
+            vector::scale(y, self.scale);
+            if let Some(mask) = mask {
+                vector::add(y, mask);
             }
-            let mut sum = 0.0;
-            for y in y.iter_mut() {
-                *y = (*y - largest).exp();
-                sum += *y;
-            }
-            y.iter_mut().for_each(|y| *y /= sum);
+            vector::softmax(y);
         });
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
@@ -234,10 +276,92 @@ impl CustomOp1 for Softmax {
         let (y, mut result) = (numbers(y)?, numbers(gradient)?);
         team().chunks(&mut result, width, |row, gradient| {
             let y = &y[row * width..][..width];
-            let common: f32 = gradient.iter().zip(y).map(|(dy, y)| dy * y).sum();
+            let common = vector::dot(gradient, y);
             for (dy, y) in gradient.iter_mut().zip(y) {
                 *dy = self.scale * y * (*dy - common);
             }
+        });
+        Tensor::from_vec(result, x.shape(), x.device()).map(Some)
+    }
+}
+
+struct Gated {
+    activation: Activation,
+}
+
+impl CustomOp2 for Gated {
+    fn name(&self) -> &'static str {
+        "gated"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gate: &CpuStorage,
+        of_gate: &Layout,
+        up: &CpuStorage,
+        of_up: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (mut y, up) = (slice(gate, of_gate)?.to_vec(), slice(up, of_up)?);
+        if of_gate.shape() != of_up.shape() {
+            candle_core::bail!("{:?} gated by {:?}", of_up.shape(), of_gate.shape());
+        }
+        let times = match self.activation {
+            Activation::Silu => vector::silu_times,
+            Activation::GeluTanh => vector::gelu_times,
+        };
+        team().chunks(&mut y, ELEMENTS_PER_TASK, |task, y| times(y, &up[task * ELEMENTS_PER_TASK..][..y.len()]));
+        Ok((CpuStorage::F32(y), of_gate.shape().clone()))
+    }
+
+    fn bwd(&self, gate: &Tensor, up: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (mut gates, mut ups, dy) = (numbers(gate)?, numbers(up)?, numbers(dy)?);
+        let backward = match self.activation {
+            Activation::Silu => vector::silu_times_backward,
+            Activation::GeluTanh => vector::gelu_times_backward,
+        };
+        let shares = Output::new(&mut ups, 1);
+        team().chunks(&mut gates, ELEMENTS_PER_TASK, |task, gates| {
+            let first = task * ELEMENTS_PER_TASK;
+            // SAFETY: these numbers are this task's alone.
+            #[expect(unsafe_code, reason = "two outputs are split alike")]
+            let ups = unsafe { shares.rows(first..first + gates.len()) };
+            backward(gates, ups, &dy[first..first + ups.len()]);
+        });
+        let back = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
+        Ok((Some(back(gates, gate)?), Some(back(ups, up)?)))
+    }
+}
+
+struct CrossEntropy {
+    targets: Vec<u32>,
+}
+
+impl CustomOp1 for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "cross-entropy"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let logits = slice(storage, layout)?;
+        let width = logits.len() / self.targets.len();
+        let mut losses = vec![0.0_f32; self.targets.len()];
+        team().chunks(&mut losses, 1, |row, loss| {
+            let logits = &logits[row * width..][..width];
+            loss[0] = vector::log_sum_exp(logits) - logits[self.targets[row] as usize];
+        });
+        let mean = losses.iter().sum::<f32>() / losses.len() as f32;
+        Ok((CpuStorage::F32(vec![mean]), Shape::from(())))
+    }
+
+    /// dx = dy (softmax x - 1[target]) / T.
+    fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let factor = gradient.to_scalar::<f32>()? / self.targets.len() as f32;
+        let mut result = numbers(x)?;
+        let width = result.len() / self.targets.len();
+        team().chunks(&mut result, width, |row, x| {
+            vector::softmax(x);
+            x[self.targets[row] as usize] -= 1.0;
+            vector::scale(x, factor);
         });
         Tensor::from_vec(result, x.shape(), x.device()).map(Some)
     }
@@ -300,6 +424,26 @@ mod tests {
         let variable = Var::from_tensor(&x).unwrap();
         let loss = frozen_dense(variable.as_tensor(), dense.as_tensor()).unwrap().sum_all().unwrap();
         assert!(loss.backward().unwrap().get(&dense).is_none(), "a frozen weight has no gradient");
+    }
+
+    #[test]
+    fn gates_have_a_gradient_on_both_sides() {
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let other = normal(&[3, 7], "other");
+            check(&[3, 7], |x| gated(x, &other, activation).unwrap());
+            check(&[3, 7], |x| gated(&other, x, activation).unwrap());
+        }
+    }
+
+    #[test]
+    fn losses_have_a_gradient() {
+        check(&[3, 7], |x| next_token_loss(x, &[6, 0, 3]).unwrap());
+        let logits = normal(&[3, 7], "x");
+        let wanted = candle_nn::loss::cross_entropy(&logits, &Tensor::new(&[6_u32, 0, 3], &Device::Cpu).unwrap());
+        let got: f32 = next_token_loss(&logits, &[6, 0, 3]).unwrap().to_scalar().unwrap();
+        assert!((got - wanted.unwrap().to_scalar::<f32>().unwrap()).abs() < 1e-6);
+        assert!(matches!(next_token_loss(&logits, &[6, 0]), Err(ModelError::Input { .. })));
+        assert!(matches!(next_token_loss(&logits, &[6, 0, 7]), Err(ModelError::TokenRange { id: 7, .. })));
     }
 
     #[test]

@@ -21,10 +21,13 @@ use super::tokenizer::{BuildError, Tokenizer};
 use super::weights::{Precision, Source, WeightError, Weights};
 use crate::cache::{CacheLayout, KvCache};
 
-/// Tokens that one pass takes at most; longer texts run in pieces, which bounds what activations take. More would not be
-/// faster: from here on nearly all time is products. Pieces are about equal: a short one at the end would run as a decode does,
-/// with activations rounded to 8 bits.
-pub const PASS_TOKENS_MAX: usize = 256;
+/// Tokens that one pass takes at most; longer texts run in pieces. More would not be faster: from here on nearly all time is
+/// products. Pieces are about equal: a short one at the end would run as a decode does, with activations rounded to 8 bits.
+pub const PASS_TOKENS_MAX: usize = 512;
+/// Fewer than these would dequantise weights too often.
+const PASS_TOKENS_MIN: usize = 128;
+/// Between the two, activations of a pass take this part of what the weights do: 1 / 20.
+const PASS_SHARE: u64 = 20;
 
 /// How a model is loaded.
 #[derive(Debug, Clone, Default)]
@@ -75,12 +78,13 @@ pub struct Model {
     tokenizer: Option<Tokenizer>,
     decoder: Decoder,
     layout: Arc<CacheLayout>,
+    pass_tokens: usize,
     precision: Precision,
     cache: CachePrecision,
 }
 
-/// What loading puts together.
-type Parts = (ModelConfig, Decoder, Option<Tokenizer>);
+/// What loading puts together; last, bytes of the tensors as stored.
+type Parts = (ModelConfig, Decoder, Option<Tokenizer>, u64);
 
 impl Model {
     /// Loads a GGUF file, or a directory in Hugging Face's layout. With [`Precision::F32`] weights become f32, except
@@ -95,11 +99,13 @@ impl Model {
             let (path, expected) = (path.to_path_buf(), expected.clone());
             return Err(ModelError::CorruptModel { path, expected, got: fingerprint });
         }
-        let (config, decoder, tokenizer) =
+        let (config, decoder, tokenizer, weight_bytes) =
             if path.is_dir() { Self::load_directory(path, options)? } else { Self::load_gguf(path, options)? };
         let layout = Arc::new(CacheLayout::new(&config, fingerprint));
         let (precision, cache) = (options.precision, options.cache);
-        Ok(Self { path: path.to_path_buf(), config, tokenizer, decoder, layout, precision, cache })
+        let pass_tokens = weight_bytes / PASS_SHARE / config.activation_bytes_per_token() as u64;
+        let pass_tokens = (pass_tokens as usize).clamp(PASS_TOKENS_MIN, PASS_TOKENS_MAX);
+        Ok(Self { path: path.to_path_buf(), config, tokenizer, decoder, layout, pass_tokens, precision, cache })
     }
 
     fn load_gguf(path: &Path, options: &LoadOptions) -> Result<Parts, ModelError> {
@@ -137,7 +143,8 @@ impl Model {
             let (expected, got) = (vec![tokens, config.hidden], vec![decoder.vocabulary(), config.hidden]);
             return Err(ModelError::TensorShape { name, expected, got });
         }
-        Ok((config, decoder, tokenizer))
+        let bytes = gguf.tensors.values().map(|tensor| tensor.bytes as u64).sum();
+        Ok((config, decoder, tokenizer, bytes))
     }
 
     fn load_directory(path: &Path, options: &LoadOptions) -> Result<Parts, ModelError> {
@@ -162,7 +169,8 @@ impl Model {
                 (vec![rows, settings.config.hidden], vec![decoder.vocabulary(), settings.config.hidden]);
             return Err(ModelError::TensorShape { name, expected, got });
         }
-        Ok((settings.config, decoder, tokenizer))
+        let bytes = checkpoint.tensors().map(|(_, tensor)| tensor.bytes as u64).sum();
+        Ok((settings.config, decoder, tokenizer, bytes))
     }
 
     /// The file or directory it came from.
@@ -301,7 +309,7 @@ impl Model {
     /// Runs `tokens` at `positions` after what `context` holds, adds them to it, and returns the logits asked for, a row
     /// a token. Columns already held are seen by every new token, whatever their positions, unless a window hides them.
     ///
-    /// More than [`PASS_TOKENS_MAX`] tokens run in several passes. Same tokens split alike: same bits.
+    /// More than [`Model::pass_tokens`] tokens run in several passes. Same tokens split alike: same bits.
     ///
     /// # Errors
     /// Ids outside the vocabulary, positions outside the context length, no tokens, another model's context; or what the
@@ -361,7 +369,7 @@ impl Model {
     ) -> Result<Output, ModelError> {
         let (mut hidden, mut rows) = (Vec::new(), Vec::new());
         let (mut done, all) = (0, positions.len());
-        for positions in positions.chunks(pass_tokens(all)) {
+        for positions in positions.chunks(piece_tokens(all, self.pass_tokens)) {
             let part = done..done + positions.len();
             let last = part.end == all;
             let wanted = if logits == Logits::Last && !last { Logits::None } else { logits };
@@ -386,7 +394,7 @@ impl Model {
     /// last token, `[vocabulary]`. Lengths may differ, and no padding is computed. Weights are read once for all, so a step of
     /// 8 sequences takes little longer than one of a single sequence.
     ///
-    /// More than [`PASS_TOKENS_MAX`] tokens in all run in several passes.
+    /// More than [`Model::pass_tokens`] tokens in all run in several passes.
     ///
     /// # Errors
     /// As [`Model::forward`]; all contexts are unchanged then.
@@ -413,7 +421,7 @@ impl Model {
         let mut logits = vec![Vec::new(); items.len()];
         let mut done = vec![0; items.len()];
         while done.iter().zip(places).any(|(done, positions)| *done < positions.len()) {
-            let mut room = pass_tokens(all);
+            let mut room = piece_tokens(all, self.pass_tokens);
             let (mut segments, mut members) = (Vec::new(), Vec::new());
             for (index, item) in items.iter_mut().enumerate() {
                 let part = done[index]..(done[index] + room).min(item.tokens.len());
@@ -496,8 +504,8 @@ impl Model {
 }
 
 /// Tokens of each pass but the last, for `all` tokens.
-fn pass_tokens(all: usize) -> usize {
-    all.div_ceil(all.div_ceil(PASS_TOKENS_MAX).max(1)).max(1)
+fn piece_tokens(all: usize, most: usize) -> usize {
+    all.div_ceil(all.div_ceil(most).max(1)).max(1)
 }
 
 /// The token with the largest logit; the first of equals.

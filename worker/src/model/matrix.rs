@@ -29,6 +29,15 @@ impl<'a> View<'a> {
         Self { values, rows, cols, row_stride: stride, col_stride: 1 }
     }
 
+    /// Some of the columns.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub(crate) fn columns(self, columns: Range<usize>) -> Self {
+        assert!(columns.end <= self.cols && !columns.is_empty(), "columns of a view lie inside it");
+        Self { values: &self.values[columns.start * self.col_stride..], cols: columns.len(), ..self }
+    }
+
     /// The same numbers as `[cols, rows]`.
     pub(crate) fn transposed(self) -> Self {
         let Self { values, rows, cols, row_stride, col_stride } = self;
@@ -68,6 +77,20 @@ impl<'a> Output<'a> {
         assert!(row < self.rows && cols.end <= self.width, "a part lies inside its output");
         // SAFETY: inside, and nobody else's.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.width + cols.start), cols.len()) }
+    }
+
+    /// Whole rows.
+    ///
+    /// # Safety
+    /// No other task reads or writes these numbers meanwhile.
+    ///
+    /// # Panics
+    /// If they lie outside.
+    #[expect(clippy::mut_from_ref, reason = "callers promise that parts do not overlap")]
+    pub(crate) unsafe fn rows(&self, rows: Range<usize>) -> &mut [f32] {
+        assert!(rows.end <= self.rows, "rows lie inside their output");
+        // SAFETY: inside, and nobody else's.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(rows.start * self.width), rows.len() * self.width) }
     }
 
     /// Writes `factor · a · b` to the rows and columns from `row` and `col` on; adds it to what is there if `accumulate`.

@@ -42,6 +42,7 @@ pub use context::{CachePrecision, Context};
 pub use decoder::{Adapter, Adapters, Logits, Observer, Projection, Tap, TrackedCache};
 pub use error::ModelError;
 pub use generate::{End, Generated, Sequence};
+pub use grad::next_token_loss;
 pub use loaded::{BatchItem, Input, LoadOptions, Model, Output, argmax, fingerprint, tensors};
 pub use sampling::{Sampler, Sampling, SamplingError};
 pub use tokenizer::Tokenizer;

@@ -45,13 +45,41 @@ pub(crate) fn silu_times(gate: &mut [f32], up: &[f32]) {
 
 /// gate = gelu(gate) · up, GELU in its tanh form: x (1 + tanh u) / 2 = x σ(2u) with u = √(2/π) (x + 0.044715 x³).
 pub(crate) fn gelu_times(gate: &mut [f32], up: &[f32]) {
-    const TWICE_ROOT: f32 = 1.595_769_2;
     Arch::new().dispatch(|| {
         for (gate, up) in gate.iter_mut().zip(up) {
-            let x = *gate;
-            *gate = x * sigmoid(TWICE_ROOT * (x + 0.044_715 * x * x * x)) * up;
+            *gate = *gate * sigmoid(gelu_argument(*gate).0) * up;
         }
     });
+}
+
+/// What `dy`, the gradient of silu(gate) · up, means for the two; in their place.
+pub(crate) fn silu_times_backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    Arch::new().dispatch(|| gated_backward(gate, up, dy, |x| (x, 1.0)));
+}
+
+/// The same for gelu(gate) · up.
+pub(crate) fn gelu_times_backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    Arch::new().dispatch(|| gated_backward(gate, up, dy, gelu_argument));
+}
+
+/// For y = x σ(z) u: dx = σ (1 + x (1 - σ) z') u dy and du = x σ dy. `argument` gives z and z'.
+#[inline(always)]
+fn gated_backward(gate: &mut [f32], up: &mut [f32], dy: &[f32], argument: impl Fn(f32) -> (f32, f32)) {
+    for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
+        let (x, u) = (*gate, *up);
+        let (z, slope) = argument(x);
+        let share = sigmoid(z);
+        *gate = share * (1.0 + x * (1.0 - share) * slope) * u * dy;
+        *up = x * share * dy;
+    }
+}
+
+/// 2u of GELU's tanh form, and its slope.
+#[inline(always)]
+fn gelu_argument(x: f32) -> (f32, f32) {
+    const TWICE_ROOT: f32 = 1.595_769_2;
+    const CUBIC: f32 = 0.044_715;
+    (TWICE_ROOT * (x + CUBIC * x * x * x), TWICE_ROOT * (1.0 + 3.0 * CUBIC * x * x))
 }
 
 /// softmax in place.
@@ -63,6 +91,27 @@ pub(crate) fn softmax(x: &mut [f32]) {
     });
     let inverse = 1.0 / sum;
     Arch::new().dispatch(|| x.iter_mut().for_each(|x| *x *= inverse));
+}
+
+/// ln Σ e^x.
+pub(crate) fn log_sum_exp(x: &[f32]) -> f32 {
+    let largest = maximum(x);
+    let sum = Arch::new().dispatch(|| {
+        let mut sums = [0.0_f32; LANES];
+        let (chunks, tail) = x.as_chunks::<LANES>();
+        for chunk in chunks {
+            for lane in 0..LANES {
+                sums[lane] += exp(chunk[lane] - largest);
+            }
+        }
+        fold(&sums) + tail.iter().map(|x| exp(*x - largest)).sum::<f32>()
+    });
+    largest + sum.ln()
+}
+
+/// x *= factor.
+pub(crate) fn scale(x: &mut [f32], factor: f32) {
+    Arch::new().dispatch(|| x.iter_mut().for_each(|x| *x *= factor));
 }
 
 /// Inner product.

@@ -127,6 +127,12 @@ pub struct BenchArgs {
     /// Tokens decoded.
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub decode: usize,
+    /// Also time a training step of this many tokens: forward, next-token loss, backward to an injected cache. 0: none.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub step: usize,
+    /// Tokens of the cache that a training step injects.
+    #[arg(long, default_value_t = 32, value_name = "N")]
+    pub prefix: usize,
     /// Repetitions; the median is reported.
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub runs: usize,

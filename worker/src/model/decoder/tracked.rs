@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Result, Tensor};
 
-use super::{Activation, Attention, Block, Decoder, Mlp, ModelConfig, Norm, Pass, Setting};
+use super::{Attention, Block, Decoder, Mlp, ModelConfig, Norm, Pass, Setting};
 use crate::cache::KvCache;
 use crate::model::error::ModelError;
 use crate::model::grad;
@@ -233,11 +233,7 @@ impl Mlp {
     fn tracked(&self, x: &Tensor, index: usize, tracked: &Tracked<'_>) -> Result<Tensor> {
         let gate = tracked.adapted(index, Projection::Gate, x, self.gate.tracked(x)?)?;
         let up = tracked.adapted(index, Projection::Up, x, self.up.tracked(x)?)?;
-        let gate = match self.activation {
-            Activation::Silu => gate.silu()?,
-            Activation::GeluTanh => gate.gelu()?,
-        };
-        let inner = (gate * up)?;
+        let inner = grad::gated(&gate, &up, self.activation)?;
         tracked.adapted(index, Projection::Down, &inner, self.down.tracked(&inner)?)
     }
 }

@@ -93,7 +93,7 @@ impl QuantKind {
 }
 
 /// The f16 at byte `at`, as f32.
-#[inline]
+#[inline(always)]
 pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
@@ -116,34 +116,48 @@ pub(super) fn dequantize(kind: QuantKind, row: &[u8], out: &mut [f32]) {
 /// The same as plain loops, to be compiled for whatever the processor has.
 #[inline(always)]
 fn dequantize_plain(kind: QuantKind, row: &[u8], out: &mut [f32]) {
-    let blocks = row.chunks_exact(kind.block_bytes()).zip(out.chunks_exact_mut(kind.block_values()));
     match kind {
-        QuantKind::F32 => {
-            blocks.for_each(|(block, out)| out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]));
+        QuantKind::F32 => blocks::<4, 1>(row, out, |block, out| out[0] = f32::from_le_bytes(*block)),
+        QuantKind::F16 => blocks::<2, 1>(row, out, |block, out| out[0] = half_at(block, 0)),
+        QuantKind::Bf16 => blocks::<2, 1>(row, out, |block, out| out[0] = bf16::from_le_bytes(*block).to_f32()),
+        QuantKind::Q4_0 => {
+            blocks::<18, 32>(row, out, |block, out| nibbles(half_at(block, 0), -8.0, 0.0, &block[2..18], out));
         }
-        QuantKind::F16 => blocks.for_each(|(block, out)| out[0] = half_at(block, 0)),
-        QuantKind::Bf16 => blocks.for_each(|(block, out)| out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32()),
-        QuantKind::Q4_0 => blocks.for_each(|(block, out)| nibbles(half_at(block, 0), -8.0, 0.0, &block[2..18], out)),
         QuantKind::Q4_1 => {
-            blocks.for_each(|(block, out)| nibbles(half_at(block, 0), 0.0, half_at(block, 2), &block[4..20], out));
+            blocks::<20, 32>(row, out, |block, out| {
+                nibbles(half_at(block, 0), 0.0, half_at(block, 2), &block[4..20], out)
+            });
         }
-        QuantKind::Q5_0 => {
-            blocks.for_each(|(block, out)| five(half_at(block, 0), -16.0, 0.0, &block[2..6], &block[6..22], out));
-        }
-        QuantKind::Q5_1 => blocks
-            .for_each(|(block, out)| five(half_at(block, 0), 0.0, half_at(block, 2), &block[4..8], &block[8..24], out)),
-        QuantKind::Q8_0 => blocks.for_each(|(block, out)| {
+        QuantKind::Q5_0 => blocks::<22, 32>(row, out, |block, out| {
+            five(half_at(block, 0), -16.0, 0.0, &block[2..6], &block[6..22], out);
+        }),
+        QuantKind::Q5_1 => blocks::<24, 32>(row, out, |block, out| {
+            five(half_at(block, 0), 0.0, half_at(block, 2), &block[4..8], &block[8..24], out);
+        }),
+        QuantKind::Q8_0 => blocks::<34, 32>(row, out, |block, out| {
             let scale = half_at(block, 0);
             for (out, byte) in out.iter_mut().zip(&block[2..34]) {
                 *out = scale * f32::from(byte.cast_signed());
             }
         }),
-        QuantKind::Q2K => blocks.for_each(|(block, out)| q2k(block, out)),
-        QuantKind::Q3K => blocks.for_each(|(block, out)| q3k(block, out)),
-        QuantKind::Q4K => blocks.for_each(|(block, out)| q4k(block, out)),
-        QuantKind::Q5K => blocks.for_each(|(block, out)| q5k(block, out)),
-        QuantKind::Q6K => blocks.for_each(|(block, out)| q6k(block, out)),
+        QuantKind::Q2K => blocks::<84, 256>(row, out, |block, out| q2k(block, out)),
+        QuantKind::Q3K => blocks::<110, 256>(row, out, |block, out| q3k(block, out)),
+        QuantKind::Q4K => blocks::<144, 256>(row, out, |block, out| q4k(block, out)),
+        QuantKind::Q5K => blocks::<176, 256>(row, out, |block, out| q5k(block, out)),
+        QuantKind::Q6K => blocks::<210, 256>(row, out, |block, out| q6k(block, out)),
     }
+}
+
+/// Calls `decode` with each block of a row and the values it holds. Sizes are known when this is compiled, so that loops over
+/// a block become vector code without remainders.
+#[inline(always)]
+fn blocks<const BYTES: usize, const VALUES: usize>(
+    row: &[u8],
+    out: &mut [f32],
+    decode: impl Fn(&[u8; BYTES], &mut [f32; VALUES]),
+) {
+    let (blocks, values) = (row.as_chunks().0, out.as_chunks_mut().0);
+    blocks.iter().zip(values).for_each(|(block, out)| decode(block, out));
 }
 
 /// x = scale · (q + offset) + min; low nibbles are values 0–15, high ones 16–31.

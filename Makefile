@@ -53,12 +53,13 @@ test: lint
 	fi
 	$(CARGO) test --workspace --doc --locked
 
-# Speed and memory of the models beside llama.cpp, which comes from a package the first time.
+# Speed and memory of the models beside llama.cpp, and a training step beside PyTorch; both come from packages the first time.
 bench: bench-model
 
 bench-model:
 	$(CARGO) build --release --locked -p worker --bin bonepile-executor --no-default-features --features executor
 	python3 tests/bench/model.py $(RELEASE)/bonepile-executor
+	python3 tests/bench/step.py $(RELEASE)/bonepile-executor
 
 # Full tensors are made once, below the user's cache; transformers comes from a package the first time.
 check-reference:

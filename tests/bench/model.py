@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Prefill, decode and peak memory of both real models: bonepile's executor beside llama.cpp, same files, same threads.
 
-Job: run the two in turn, print rates and ratios, and one line `bar NAME VALUE >= GOAL` (or `<=`) for each bar, whether it
-holds or not. llama.cpp comes from the package llama-cpp-python, in a virtual environment below the user's cache; its first
+Job: run the two in turn, ids as input and keys and values in halves on both sides, print rates and ratios, and one line
+`bar NAME VALUE >= GOAL` (or `<=`) for each bar, whether it holds or not. llama.cpp comes from the package llama-cpp-python, in a virtual environment below the user's cache; its first
 build takes minutes. Where it cannot be had, only our own figures and the memory bars are printed.
 
 Use: model.py PATH-TO-bonepile-executor [MODELS-DIRECTORY]

@@ -6,6 +6,7 @@
 //! - `families`: every family on tiny random models written by `tiny`: prefill, caches, moves, packets.
 //! - `passes`: batches, parts of a model, taps and caches of halves, on tiny models and on both real ones.
 //! - `bits`: packed caches on both real models; skipped where the files are absent.
+//! - `card`: what runs on cards, here on the processor.
 //! - `checkpoints`: tiny models written by `transformers`, directories and GGUF; directories that lie or are cut.
 //! - `gradients`: through frozen models, against PyTorch and finite differences.
 //! - `damage`: files that lie, are cut or are garbage.
@@ -20,6 +21,7 @@
 )]
 
 mod bits;
+mod card;
 mod checkpoints;
 mod damage;
 mod experiments;
@@ -33,3 +35,8 @@ mod text;
 mod tiny;
 mod tokens;
 mod writing;
+
+/// What `card` checks: here the processor, doing what a card would do.
+fn card() -> Option<worker::model::DeviceChoice> {
+    Some(worker::model::DeviceChoice::CpuAsCard)
+}

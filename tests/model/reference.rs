@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use serde::Deserialize;
-use worker::model::{LoadOptions, Logits, Model, ModelError, Tap, argmax};
+use worker::model::{LoadOptions, Logits, Model, ModelError, Place, Precision, Tap, argmax};
 
 pub(crate) const SMOLLM2: (&str, &str) = ("SmolLM2-135M-Instruct.Q4_1.gguf", include_str!("../reference/smollm2.json"));
 pub(crate) const GEMMA3: (&str, &str) = ("gemma-3-270m-q4_k_m.gguf", include_str!("../reference/gemma3.json"));
@@ -103,11 +103,11 @@ pub(crate) fn model_file(name: &str) -> Option<PathBuf> {
     None
 }
 
-fn load(name: &str, reference: &Reference) -> Option<Model> {
+fn load(name: &str, reference: &Reference, place: Place, precision: Precision) -> Option<Model> {
     let path = model_file(name)?;
     let started = Instant::now();
     let expected_fingerprint = Some(format!("sha256:{}", reference.sha256));
-    let options = LoadOptions { expected_fingerprint, ..LoadOptions::default() };
+    let options = LoadOptions { expected_fingerprint, place, precision, ..LoadOptions::default() };
     let model = Model::load(&path, &options).unwrap();
     eprintln!("{name}: loaded in {:.2} s", started.elapsed().as_secs_f64());
     Some(model)
@@ -115,15 +115,24 @@ fn load(name: &str, reference: &Reference) -> Option<Model> {
 
 /// A real model, if its file is there, and the right to use it: real models take turns, because each uses all cores and
 /// most of a small machine's memory.
-pub(crate) fn load_real((name, json): (&str, &str)) -> Option<(Model, MutexGuard<'static, ()>)> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    load(name, &serde_json::from_str(json).unwrap()).map(|model| (model, turn))
+pub(crate) fn load_real(model: (&str, &str)) -> Option<(Model, MutexGuard<'static, ()>)> {
+    load_real_at(model, Place::default(), Precision::F32)
 }
 
-fn check_model((name, json): (&str, &str)) {
+/// The same elsewhere than on the processor.
+pub(crate) fn load_real_at(
+    (name, json): (&str, &str),
+    place: Place,
+    precision: Precision,
+) -> Option<(Model, MutexGuard<'static, ()>)> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    load(name, &serde_json::from_str(json).unwrap(), place, precision).map(|model| (model, turn))
+}
+
+pub(crate) fn check_model((name, json): (&str, &str), place: Place) {
     let reference: Reference = serde_json::from_str(json).unwrap();
-    let Some((model, _turn)) = load_real((name, json)) else { return };
+    let Some((model, _turn)) = load_real_at((name, json), place, Precision::F32) else { return };
     let mut worst = Worst::default();
     for case in &reference.cases {
         if let Some(text) = &case.text {
@@ -136,7 +145,7 @@ fn check_model((name, json): (&str, &str)) {
         }
         check_case(&model, case, &format!("{name} {}", case.name), &mut worst);
     }
-    eprintln!("{name}: worst deviations {:?}", worst.0);
+    eprintln!("{name}, {place}: worst deviations {:?}", worst.0);
     rates(&model, name);
 }
 
@@ -197,12 +206,12 @@ pub(crate) fn rates(model: &Model, name: &str) {
 
 #[test]
 fn smollm2_gives_the_reference_numbers() {
-    check_model(SMOLLM2);
+    check_model(SMOLLM2, Place::default());
 }
 
 #[test]
 fn gemma3_gives_the_reference_numbers() {
-    check_model(GEMMA3);
+    check_model(GEMMA3, Place::default());
 }
 
 #[test]

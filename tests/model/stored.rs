@@ -20,7 +20,7 @@ pub(crate) fn kl(p: &[f32], q: &[f32]) -> f64 {
     pairs.filter(|(p, _)| *p > 0.0).map(|(p, q)| p * (p / q.max(1e-300)).ln()).sum()
 }
 
-fn all_logits(model: &Model, ids: &[u32], pass: usize) -> Vec<Vec<f32>> {
+pub(crate) fn all_logits(model: &Model, ids: &[u32], pass: usize) -> Vec<Vec<f32>> {
     let mut context = model.start().unwrap();
     let positions: Vec<i64> = (0..ids.len() as i64).collect();
     let pieces = ids.chunks(pass).zip(positions.chunks(pass));

@@ -4,6 +4,7 @@
 //! - `agent` (feature `agent`): the daemon. Async, light, no ML inside.
 //! - `executor`, `experiment`, `model`, `cache` (feature `executor`): the child process that computes.
 //! - `tool` (feature `executor`): one model by hand, without a cluster.
+//! - [`support`]: what a build of the executor can compute on; both sides know the type.
 
 #[cfg(feature = "agent")]
 pub mod agent;
@@ -19,5 +20,6 @@ pub mod memory;
 pub mod model;
 #[cfg(feature = "executor")]
 pub mod random;
+pub mod support;
 #[cfg(feature = "executor")]
 pub mod tool;

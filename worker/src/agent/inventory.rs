@@ -4,16 +4,19 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use protocol::hardware::{Device, DeviceKind, Telemetry};
+use protocol::hardware::{ComputeCapability, Device, DeviceKind, Telemetry};
 use protocol::ids::DeviceId;
+use protocol::limits::clean_text;
 use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 use tokio::sync::watch;
 
 use super::nvml::{GpuFacts, Gpus};
 use super::supervisor::{ExecutorBuild, Pids, cuda_program};
+use crate::support::BuildSupport;
 
 /// Id of the processor as a device.
 pub const CPU: &str = "cpu";
@@ -21,6 +24,9 @@ pub const CPU: &str = "cpu";
 const CPU_SHARE_PERCENT: u64 = 75;
 /// What a GPU keeps for its driver and a desktop unless the operator says otherwise, bytes.
 const GPU_RESERVE_BYTES: u64 = 512 << 20;
+
+/// How long an executor may take to say what it supports: loading CUDA's libraries from a slow disk takes seconds.
+const SUPPORT: Duration = Duration::from_secs(20);
 
 /// A size as people write it: `4GB`, `1.5GiB`, `512MB`, `1000000`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,14 +152,13 @@ fn processor(config: &InventoryConfig, threads: u32) -> (Device, PathBuf) {
 
 fn graphics_card(config: &InventoryConfig, gpu: &GpuFacts) -> (Device, PathBuf) {
     let total = gpu.memory_total_bytes.unwrap_or(0);
-    let program =
-        gpu.compute_capability.map(|capability| cuda_program(&config.executor, capability.major, capability.minor));
+    let program = gpu.compute_capability.map(|capability| build_for(&config.executor, capability));
     let unusable = match (&gpu.sick, gpu.memory_total_bytes, gpu.compute_capability, &program) {
         (Some(sick), ..) => Some(format!("the driver cannot use it: {sick}")),
         (None, None, ..) => Some("the driver does not tell its memory".to_owned()),
-        (None, Some(_), Some(capability), Some(program)) => {
-            missing(program).map(|why| format!("no executor build for compute capability {capability}: {why}"))
-        }
+        (None, Some(_), Some(capability), Some(program)) => missing(program)
+            .map(|why| format!("no executor build for compute capability {capability}: {why}"))
+            .or_else(|| refusal(program, capability)),
         (None, Some(_), ..) => Some("the driver does not tell its compute capability".to_owned()),
     };
     let device = Device {
@@ -176,6 +181,48 @@ fn budget(config: &InventoryConfig, device: &str, default: u64) -> u64 {
 
 fn missing(program: &Path) -> Option<String> {
     (!program.is_file()).then(|| format!("{} is not there", program.display()))
+}
+
+/// The build for a card, or of those for older ones of its generation the newest, if one is there; some run on it.
+fn build_for(executor: &Path, card: ComputeCapability) -> PathBuf {
+    let named = |minor| cuda_program(executor, card.major, minor);
+    (0..=card.minor).rev().map(named).find(|program| program.is_file()).unwrap_or_else(|| named(card.minor))
+}
+
+/// Why a build cannot compute on a card: it does not start, or has no kernels for it.
+fn refusal(program: &Path, card: ComputeCapability) -> Option<String> {
+    match support(program) {
+        Ok(support) => {
+            tracing::debug!(program = %program.display(), %support, "an executor build for cards");
+            support.refuses(card)
+        }
+        Err(why) => Some(format!("{} does not say what it supports: {why}", program.display())),
+    }
+}
+
+/// What an executor says it can compute on.
+fn support(program: &Path) -> Result<BuildSupport, String> {
+    let mut command = Command::new(program);
+    command.args(["support", "--json"]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|error| error.to_string())?;
+    // What it says fits into the pipes, so that it need not be read before it ends.
+    let asked = Instant::now();
+    while child.try_wait().map_err(|error| error.to_string())?.is_none() {
+        if asked.elapsed() > SUPPORT {
+            // It may have ended by itself by now; either way it is gone.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(format!("no answer within {} s", SUPPORT.as_secs()));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let output = child.wait_with_output().map_err(|error| error.to_string())?;
+    if !output.status.success() {
+        // A missing CUDA library is told here, by the system's loader.
+        let words = clean_text(String::from_utf8_lossy(&output.stderr).trim());
+        return Err(format!("{}: {words}", output.status));
+    }
+    serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())
 }
 
 /// Total and free memory of the box, or of the control group that this process is confined to.
@@ -251,7 +298,6 @@ fn silent(device: &Device) -> Telemetry {
 
 #[cfg(test)]
 mod tests {
-    use protocol::hardware::ComputeCapability;
 
     use super::*;
 
@@ -312,11 +358,32 @@ mod tests {
         let why = device.unusable.unwrap();
         assert!(why.starts_with("no executor build for compute capability 6.1: "), "{why}");
         assert_eq!(device.memory_budget_bytes, 6_000_000_000);
-        std::fs::write(directory.path().join("bonepile-executor-cuda-61"), "").unwrap();
-        let (device, program) = graphics_card(&config(&executor, &[]), &gpu(Some((6, 1))));
-        assert_eq!(device.unusable, None);
-        assert!(program.ends_with("bonepile-executor-cuda-61"));
-        assert_eq!(device.memory_budget_bytes, 8_000_000_000 - GPU_RESERVE_BYTES);
+        let unusable = |script: &str, card| {
+            use std::os::unix::fs::PermissionsExt;
+            let program = directory.path().join("bonepile-executor-cuda-61");
+            // Renamed into its place: a program that is open for writing anywhere cannot be started.
+            std::fs::write(directory.path().join("new"), format!("#!/bin/sh\n{script}\n")).unwrap();
+            std::fs::set_permissions(directory.path().join("new"), PermissionsExt::from_mode(0o755)).unwrap();
+            std::fs::rename(directory.path().join("new"), &program).unwrap();
+            let (device, found) = graphics_card(&config(&executor, &[]), &gpu(Some(card)));
+            assert_eq!((found, device.memory_budget_bytes), (program, 8_000_000_000 - GPU_RESERVE_BYTES));
+            device.unusable
+        };
+        let built_for = |capability| {
+            let support = BuildSupport::of("b", capability);
+            format!("echo '{}'", serde_json::to_string(&support).unwrap())
+        };
+        let sm = |major, minor| ComputeCapability { major, minor };
+        assert_eq!(unusable(&built_for(Some(sm(6, 1))), (6, 1)), None);
+        assert_eq!(unusable(&built_for(Some(sm(6, 1))), (6, 2)), None);
+        let no_kernel = "no kernel for this card: its compute capability is 6.1, this executor build";
+        let wrong = unusable(&built_for(Some(sm(7, 5))), (6, 1)).unwrap();
+        assert_eq!(wrong, format!("{no_kernel}'s kernels are for 7.5"));
+        let none = unusable(&built_for(None), (6, 1)).unwrap();
+        assert_eq!(none, format!("{no_kernel} has kernels for processors only"));
+        let broken = unusable("echo libcublas.so.12: not found >&2; exit 127", (6, 1)).unwrap();
+        assert!(broken.ends_with("exit status: 127: libcublas.so.12: not found"), "{broken}");
+        assert!(unusable("echo cuda", (6, 1)).unwrap().contains("does not say what it supports"));
         assert!(graphics_card(&config(&executor, &[]), &gpu(None)).0.unusable.is_some());
     }
 }

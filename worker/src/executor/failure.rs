@@ -71,7 +71,8 @@ fn model_kind(error: &ModelError) -> FailureKind {
         | ModelError::NotFinite { .. }
         | ModelError::MissingTensor { .. }
         | ModelError::TensorShape { .. } => FailureKind::ModelCorrupt,
-        ModelError::UnknownArchitecture { .. }
+        ModelError::Place { .. }
+        | ModelError::UnknownArchitecture { .. }
         | ModelError::Unsupported { .. }
         | ModelError::UnknownKey { .. }
         | ModelError::UnusedTensors { .. }

@@ -25,6 +25,7 @@ use protocol::exec::{Failed, Finished, FromExecutor, Ready, RunSeat};
 use self::inbox::Inbox;
 use self::warm::Warm;
 use self::wire::{Outbox, WireError};
+use crate::support::BuildSupport;
 
 /// The executor could not go on. Failures of a seat are not among these: they are told to the agent.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +54,11 @@ pub fn serve(
     pool.build_global().map_err(ExecutorError::Threads)?;
     let outbox = Outbox::new(output);
     let threads = u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX);
-    outbox.say(Ready { build: protocol::BUILD.to_owned(), backend: "cpu".to_owned(), threads })?;
+    outbox.say(Ready {
+        build: protocol::BUILD.to_owned(),
+        backend: BuildSupport::this().backend.to_string(),
+        threads,
+    })?;
     let inbox = Arc::new(Inbox::default());
     let reader = Arc::clone(&inbox);
     std::thread::spawn(move || reader.listen(input));

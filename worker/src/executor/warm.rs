@@ -7,7 +7,7 @@ use std::path::Path;
 
 use protocol::exec::ModelFile;
 
-use crate::model::{LoadOptions, Model, ModelError};
+use crate::model::{LoadOptions, Model, ModelError, Place};
 
 /// The model loaded last.
 #[derive(Debug, Default)]
@@ -28,7 +28,8 @@ impl Warm {
         if !self.model.as_ref().is_some_and(fits) {
             // The old one goes first, so that both never share the memory.
             self.model = None;
-            let options = LoadOptions { expected_fingerprint: file.fingerprint.clone(), ..LoadOptions::default() };
+            let expected_fingerprint = file.fingerprint.clone();
+            let options = LoadOptions { expected_fingerprint, place: Place::of_build(), ..LoadOptions::default() };
             self.model = Some(Model::load(path, &options)?);
         }
         Ok(self.model.as_ref().expect("loaded above if it was not there"))

@@ -6,9 +6,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use half::f16;
 
+use super::place::Compute;
 use super::vector;
 use crate::cache::{CacheLayout, LayerKv};
 
@@ -56,7 +57,7 @@ pub(crate) enum LayerBuffers {
     F16(SliceBuffers<f16>),
 }
 
-/// `[H_kv, room, D]` f32, of which the first columns are in use.
+/// `[H_kv, room, D]` in what the place holds, of which the first columns are in use.
 #[derive(Debug)]
 pub(crate) struct TensorBuffers {
     k: Tensor,
@@ -156,8 +157,9 @@ impl LayerBuffers {
         match self {
             Self::Tensors(buffers) => {
                 let shape = (kv_heads, columns, head_len / columns);
-                let tensor = |values: &[f32]| Tensor::from_slice(values, shape, &Device::Cpu);
-                buffers.append(&tensor(&kv.k)?, &tensor(&kv.v)?)
+                let tensor = |values: &[f32]| buffers.held(values, shape);
+                let (k, v) = (tensor(&kv.k)?, tensor(&kv.v)?);
+                buffers.append(&k, &v)
             }
             Self::F32(buffers) => {
                 buffers.append(
@@ -183,7 +185,7 @@ impl LayerBuffers {
         match self {
             Self::Tensors(buffers) => {
                 let (k, v) = buffers.views()?;
-                let copy = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+                let copy = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
                 Ok(LayerKv { k: copy(&k)?, v: copy(&v)? })
             }
             Self::F32(buffers) => Ok(LayerKv { k: buffers.k.concat(), v: buffers.v.concat() }),
@@ -214,7 +216,7 @@ impl LayerBuffers {
 
     fn bytes(&self) -> usize {
         match self {
-            Self::Tensors(buffers) => 2 * buffers.k.elem_count() * size_of::<f32>(),
+            Self::Tensors(buffers) => 2 * buffers.k.elem_count() * buffers.k.dtype().size_in_bytes(),
             Self::F32(buffers) => buffers.bytes(),
             Self::F16(buffers) => buffers.bytes(),
         }
@@ -222,13 +224,19 @@ impl LayerBuffers {
 }
 
 impl TensorBuffers {
-    pub(crate) fn new(kv_heads: usize, head_dim: usize) -> Result<Self> {
-        let zeros = || Tensor::zeros((kv_heads, ROOM_MIN, head_dim), DType::F32, &Device::Cpu);
+    pub(crate) fn new(kv_heads: usize, head_dim: usize, compute: &Compute) -> Result<Self> {
+        let zeros = || Tensor::zeros((kv_heads, ROOM_MIN, head_dim), compute.dtype(), compute.device());
         Ok(Self { k: zeros()?, v: zeros()?, used: 0 })
     }
 
-    /// Appends columns `[H_kv, T, D]`, both contiguous.
+    /// f32 numbers as these buffers hold them.
+    fn held(&self, values: &[f32], shape: (usize, usize, usize)) -> Result<Tensor> {
+        Tensor::from_slice(values, shape, self.k.device())?.to_dtype(self.k.dtype())
+    }
+
+    /// Appends columns `[H_kv, T, D]`, both contiguous; they are rounded to what the buffers hold.
     pub(crate) fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
+        let (k, v) = (&k.to_dtype(self.k.dtype())?, &v.to_dtype(self.v.dtype())?);
         let added = k.dim(1)?;
         let needed = self.used + added;
         if needed > self.k.dim(1)? {

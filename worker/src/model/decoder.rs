@@ -1,7 +1,7 @@
 //! The decoder of all families: embedding, blocks of attention and MLP, final norm, head.
 //!
-//! Two paths over the same weights. Here, tensors in f32: the reference that faster paths are held against. In `stored`, plain
-//! slices and weights as stored. Shapes: T new tokens, S columns seen in all, H heads, H_kv key-value heads, G = H / H_kv, D
+//! Two paths over the same weights. Here, tensors in f32: the reference that faster paths are held against, and what runs on
+//! cards, where weights, keys and values may be halves. In `stored`, plain slices and weights as stored. Shapes: T new tokens, S columns seen in all, H heads, H_kv key-value heads, G = H / H_kv, D
 //! head dimension, C hidden width. No batch axis: new tokens of several sequences follow each other in T, each sequence with
 //! the number it has, and only attention tells them apart.
 //!
@@ -16,7 +16,7 @@ mod tracked;
 pub(crate) use tracked::check_adapters;
 pub use tracked::{Adapter, Adapters, Projection, TrackedCache};
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::ops::{rms_norm, softmax_last_dim};
 use candle_nn::rotary_emb::rope;
 
@@ -25,6 +25,7 @@ use super::context::{Context, LayerBuffers};
 use super::family::Activation;
 use super::linear::Linear;
 use super::names::Part;
+use super::place::Compute;
 use super::table::RowTable;
 use super::weights::{Precision, WeightError, Weights};
 
@@ -79,6 +80,7 @@ pub(crate) struct Passed {
 #[derive(Debug)]
 pub(crate) struct Decoder {
     precision: Precision,
+    compute: Compute,
     embedding: RowTable,
     blocks: Vec<Block>,
     norm: Norm,
@@ -125,6 +127,7 @@ struct Norm {
     /// The same numbers.
     values: Vec<f32>,
     epsilon: f32,
+    card: bool,
 }
 
 /// What the layers of one pass share.
@@ -133,6 +136,7 @@ struct Pass<'a, 'b> {
     settings: Vec<Setting>,
     /// Which setting each layer has.
     setting_of: Vec<usize>,
+    compute: &'a Compute,
     observer: Option<&'a mut Observer<'b>>,
 }
 
@@ -143,6 +147,7 @@ struct Setting {
     sines: Tensor,
     /// One a sequence: `[T, S]` of its own tokens, 0 or -inf; None if every column is visible to every token.
     masks: Vec<Option<Tensor>>,
+    card: bool,
 }
 
 impl Decoder {
@@ -161,8 +166,10 @@ impl Decoder {
         observer: Option<&mut Observer<'_>>,
     ) -> Result<Passed> {
         let passed = match self.precision {
-            Precision::F32 => self.forward_tensors(config, segments, hidden, logits, observer)?,
-            Precision::Stored => self.forward_stored(config, segments, hidden, logits, observer)?,
+            Precision::Stored if !self.compute.is_card() => {
+                self.forward_stored(config, segments, hidden, logits, observer)?
+            }
+            _ => self.forward_tensors(config, segments, hidden, logits, observer)?,
         };
         for segment in segments {
             segment.context.positions.extend_from_slice(segment.positions);
@@ -184,10 +191,10 @@ impl Decoder {
     ) -> Result<Passed> {
         let places: Vec<_> =
             segments.iter().map(|segment| (&segment.context.positions[..], segment.positions)).collect();
-        let mut pass = Pass::new(config, &places, observer)?;
+        let mut pass = Pass::new(config, &places, &self.compute, observer)?;
         let mut x = match hidden {
-            Some(hidden) => Tensor::from_slice(hidden, (hidden.len() / config.hidden, config.hidden), &Device::Cpu)?,
-            None => (self.embedding.lookup(&ids(segments))? * self.embedding_scale)?,
+            Some(hidden) => self.compute.tensor(hidden, (hidden.len() / config.hidden, config.hidden))?,
+            None => self.embedded(&ids(segments))?,
         };
         let layers = segments[0].context.layers();
         for index in layers.clone() {
@@ -201,9 +208,14 @@ impl Decoder {
         if rows.is_empty() {
             return Ok(Passed::default());
         }
-        let x = x.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
+        let x = x.index_select(&Tensor::new(rows, self.compute.device())?, 0)?;
         let x = self.norm.forward(&x)?;
         Ok(Passed { hidden: None, logits: self.head.as_ref().unwrap_or(&self.embedding).scores(&x)?.to_vec2()? })
+    }
+
+    /// Embeddings of these ids, `[T, C]`, where the layers are.
+    fn embedded(&self, ids: &[u32]) -> Result<Tensor> {
+        self.embedding.lookup(ids)?.to_device(self.compute.device())? * self.embedding_scale
     }
 
     /// Size of the vocabulary.
@@ -277,11 +289,11 @@ impl Attention {
                 candle_core::bail!("a context on slices met the path on tensors");
             };
             buffers.append(&of(&k)?, &of(&v)?)?;
-            let probabilities = self.probabilities(&of(&q)?, &buffers.views()?.0, mask.as_ref())?;
+            let probabilities = self.probabilities(&of(&q)?, &buffers.views()?.0, mask.as_ref(), pass.compute)?;
             pass.show(Tap::Attention, index, &probabilities)?;
             let (_, all_v) = buffers.views()?;
             let grouped = (self.kv_heads, self.heads / self.kv_heads * length, all_v.dim(1)?);
-            let heads = probabilities.reshape(grouped)?.matmul(&all_v)?;
+            let heads = pass.compute.matmul(&probabilities.reshape(grouped)?, &all_v)?;
             let heads = heads.reshape((self.heads, length, self.head_dim))?.transpose(0, 1)?;
             mixed.push(heads.reshape((length, self.heads * self.head_dim))?);
             start += length;
@@ -290,11 +302,11 @@ impl Attention {
     }
 
     /// softmax(scale q kᵀ + mask), `[H, T, S]`, of one sequence: `q` `[H, T, D]`, `k` `[H_kv, S, D]`.
-    fn probabilities(&self, q: &Tensor, k: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    fn probabilities(&self, q: &Tensor, k: &Tensor, mask: Option<&Tensor>, compute: &Compute) -> Result<Tensor> {
         let (length, columns) = (q.dim(1)?, k.dim(1)?);
         // The G query heads of a key-value head follow each other, so [H, T, D] is [H_kv, G * T, D].
         let grouped = (self.kv_heads, self.heads / self.kv_heads * length, self.head_dim);
-        let scores = (q.reshape(grouped)? * self.scale)?.matmul(&k.transpose(1, 2)?)?;
+        let scores = compute.matmul(&(q.reshape(grouped)? * self.scale)?, &k.transpose(1, 2)?)?;
         let scores = scores.reshape((self.heads, length, columns))?;
         match mask {
             Some(mask) => softmax_last_dim(&scores.broadcast_add(mask)?),
@@ -323,8 +335,8 @@ impl Mlp {
 }
 
 impl Norm {
-    fn new(values: Vec<f32>, epsilon: f32) -> Result<Self> {
-        Ok(Self { weight: Tensor::from_slice(&values, values.len(), &Device::Cpu)?, values, epsilon })
+    fn new(values: Vec<f32>, epsilon: f32, compute: &Compute) -> Result<Self> {
+        Ok(Self { weight: compute.tensor(&values, values.len())?, values, epsilon, card: compute.is_card() })
     }
 
     /// x / rms(x) * weight over the last axis.
@@ -342,17 +354,22 @@ impl Norm {
 
 impl<'a, 'b> Pass<'a, 'b> {
     /// `places`: for each sequence, the positions of the columns held and of the new ones.
-    fn new(config: &ModelConfig, places: &[(&[i64], &[i64])], observer: Option<&'a mut Observer<'b>>) -> Result<Self> {
+    fn new(
+        config: &ModelConfig,
+        places: &[(&[i64], &[i64])],
+        compute: &'a Compute,
+        observer: Option<&'a mut Observer<'b>>,
+    ) -> Result<Self> {
         let mut settings: Vec<Setting> = Vec::new();
         let mut setting_of = Vec::with_capacity(config.layers.len());
         for layer in &config.layers {
             let known = settings.iter().position(|setting| setting.layer == *layer);
             setting_of.push(known.unwrap_or(settings.len()));
             if known.is_none() {
-                settings.push(Setting::new(layer, places)?);
+                settings.push(Setting::new(layer, places, compute)?);
             }
         }
-        Ok(Self { settings, setting_of, observer })
+        Ok(Self { settings, setting_of, compute, observer })
     }
 
     fn setting(&self, layer: usize) -> &Setting {
@@ -368,15 +385,19 @@ impl<'a, 'b> Pass<'a, 'b> {
 }
 
 impl Setting {
-    fn new(layer: &LayerConfig, places: &[(&[i64], &[i64])]) -> Result<Self> {
+    fn new(layer: &LayerConfig, places: &[(&[i64], &[i64])], compute: &Compute) -> Result<Self> {
         let new: Vec<i64> = places.iter().flat_map(|(_, new)| *new).copied().collect();
         let (cosines, sines) = layer.rope.table(&new);
         let shape = (new.len(), layer.rope.frequencies.len());
         Ok(Self {
             layer: layer.clone(),
-            cosines: Tensor::from_vec(cosines, shape, &Device::Cpu)?,
-            sines: Tensor::from_vec(sines, shape, &Device::Cpu)?,
-            masks: places.iter().map(|(before, new)| mask(layer.window, before, new)).collect::<Result<_>>()?,
+            cosines: compute.tensor(&cosines, shape)?,
+            sines: compute.tensor(&sines, shape)?,
+            masks: places
+                .iter()
+                .map(|(before, new)| mask(layer.window, before, new, compute))
+                .collect::<Result<_>>()?,
+            card: compute.is_card(),
         })
     }
 
@@ -387,7 +408,7 @@ impl Setting {
 }
 
 /// Column j is visible to new token i if it does not come later, and is less than `window` positions behind.
-fn mask(window: Option<usize>, before: &[i64], new: &[i64]) -> Result<Option<Tensor>> {
+fn mask(window: Option<usize>, before: &[i64], new: &[i64], compute: &Compute) -> Result<Option<Tensor>> {
     let columns = before.len() + new.len();
     let mut values = Vec::with_capacity(new.len() * columns);
     for (row, position) in new.iter().enumerate() {
@@ -400,34 +421,35 @@ fn mask(window: Option<usize>, before: &[i64], new: &[i64]) -> Result<Option<Ten
     if values.iter().all(|value| *value == 0.0) {
         return Ok(None);
     }
-    Tensor::from_vec(values, (new.len(), columns), &Device::Cpu).map(Some)
+    compute.tensor(&values, (new.len(), columns)).map(Some)
 }
 
 impl Decoder {
     /// Takes the weights of `config`'s family out of `weights`, which must hold no others.
     pub(crate) fn load(config: &ModelConfig, mut weights: Weights<'_>) -> std::result::Result<Self, WeightError> {
-        let precision = weights.precision();
+        let (precision, compute) = (weights.precision(), weights.compute().clone());
         let blocks = (0..config.layers.len())
             .map(|layer| Block::load(config, &mut weights, layer))
             .collect::<std::result::Result<_, _>>()?;
-        let decoder = Self {
-            precision,
-            embedding: weights.embedding(config.hidden)?,
-            blocks,
-            norm: Norm::new(weights.norm(Part::OutputNorm, config.hidden)?, config.epsilon)?,
-            head: weights.head(config.hidden)?,
-            embedding_scale: f64::from(config.embedding_scale),
+        let embedding = weights.embedding(config.hidden)?;
+        let norm = Norm::new(weights.norm(Part::OutputNorm, config.hidden)?, config.epsilon, &compute)?;
+        // Rows are looked up here; only the table that makes logits is a card's.
+        let (embedding, head) = match weights.head(config.hidden)? {
+            None => (embedding.on(precision, &compute)?, None),
+            Some(head) => (embedding, Some(head.on(precision, &compute)?)),
         };
         weights.finish()?;
-        Ok(decoder)
+        let embedding_scale = f64::from(config.embedding_scale);
+        Ok(Self { precision, compute, embedding, blocks, norm, head, embedding_scale })
     }
 }
 
 impl Block {
     fn load(config: &ModelConfig, weights: &mut Weights<'_>, layer: usize) -> std::result::Result<Self, WeightError> {
         let (family, hidden, epsilon) = (config.family, config.hidden, config.epsilon);
+        let compute = weights.compute().clone();
         let mut norm = |part, size: usize| -> std::result::Result<Norm, WeightError> {
-            Ok(Norm::new(weights.norm(part, size)?, epsilon)?)
+            Ok(Norm::new(weights.norm(part, size)?, epsilon, &compute)?)
         };
         let attention_norm = norm(Part::AttentionNorm(layer), hidden)?;
         let mlp_norm = norm(Part::MlpNorm(layer), hidden)?;

@@ -46,6 +46,14 @@ pub enum ModelError {
         /// The fingerprint of the file as it is.
         got: String,
     },
+    /// The device cannot be had, or not in these numbers.
+    #[error("{place}: {why}")]
+    Place {
+        /// Device and numbers asked for.
+        place: String,
+        /// Why not.
+        why: String,
+    },
     /// A tensor is encoded in a way that weights are not.
     #[error("tensor {name} is stored as {dtype}, which is not a type of weights that we read")]
     StoredType {

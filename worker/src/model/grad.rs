@@ -2,8 +2,10 @@
 //!
 //! candle's fused kernels and its quantised product drop gradients without a word, and its matrix product computes one for
 //! a frozen side too. Each operation here is fused and has a backward of its own; a frozen weight never gets a gradient,
-//! and a stored one is dequantised tile by tile in both directions. CPU, f32, contiguous tensors. Does not know the order
-//! in which a decoder applies them (`decoder::tracked`).
+//! and a stored one is dequantised tile by tile in both directions. CPU, f32, contiguous tensors; on cards, and where `card`
+//! says so, [`composed`] takes their place. Does not know the order in which a decoder applies them (`decoder::tracked`).
+
+pub(crate) mod composed;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Storage, Tensor};
 
@@ -30,18 +32,27 @@ pub(crate) fn frozen_stored(x: &Tensor, matrix: &QuantMatrix) -> Result<Tensor> 
 }
 
 /// x / rms(x) * weight over the last axis, with a frozen weight.
-pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f32, card: bool) -> Result<Tensor> {
+    if card {
+        return composed::rms_norm(x, weight, epsilon);
+    }
     x.contiguous()?.apply_op1(RmsNorm { weight: weight.to_vec1()?, epsilon })
 }
 
 /// `[H, T, D]` with column t of each head turned by the angles of row t in `cosines` and `sines`, `[T, D/2]`.
-pub(crate) fn rotate(x: &Tensor, cosines: &Tensor, sines: &Tensor) -> Result<Tensor> {
+pub(crate) fn rotate(x: &Tensor, cosines: &Tensor, sines: &Tensor, card: bool) -> Result<Tensor> {
+    if card {
+        return composed::rotate(x, cosines, sines);
+    }
     let (cosines, sines) = (cosines.flatten_all()?.to_vec1()?, sines.flatten_all()?.to_vec1()?);
     x.contiguous()?.apply_op1(Rotation { cosines, sines })
 }
 
 /// softmax(scale * x + mask) over the last axis of `x` `[H, T, S]`; `mask` is `[T, S]`.
-pub(crate) fn softmax(x: &Tensor, scale: f64, mask: Option<&Tensor>) -> Result<Tensor> {
+pub(crate) fn softmax(x: &Tensor, scale: f64, mask: Option<&Tensor>, card: bool) -> Result<Tensor> {
+    if card {
+        return composed::softmax(x, scale, mask);
+    }
     let mask = mask.map(|mask| mask.flatten_all()?.to_vec1()).transpose()?;
     #[expect(clippy::cast_possible_truncation, reason = "it came from an f32")]
     let scale = scale as f32;
@@ -449,23 +460,29 @@ mod tests {
     #[test]
     fn norms_have_a_gradient() {
         let weight = normal(&[6], "weight");
-        check(&[2, 2, 6], |x| rms_norm(x, &weight, 1e-5).unwrap());
+        for card in [false, true] {
+            check(&[2, 2, 6], |x| rms_norm(x, &weight, 1e-5, card).unwrap());
+        }
     }
 
     #[test]
     fn rotations_have_a_gradient() {
         let angles = normal(&[3, 2], "angles");
-        check(&[2, 3, 4], |x| rotate(x, &angles.cos().unwrap(), &angles.sin().unwrap()).unwrap());
+        for card in [false, true] {
+            check(&[2, 3, 4], |x| rotate(x, &angles.cos().unwrap(), &angles.sin().unwrap(), card).unwrap());
+        }
     }
 
     #[test]
     fn softmax_has_a_gradient_and_hides_what_is_masked() {
         let mask = vec![0.0, f32::NEG_INFINITY, 0.0, 0.0, 0.0, f32::NEG_INFINITY];
         let mask = Tensor::from_vec(mask, (2, 3), &Device::Cpu).unwrap();
-        check(&[2, 2, 3], |x| softmax(x, 0.7, Some(&mask)).unwrap());
-        check(&[2, 2, 3], |x| softmax(x, 0.7, None).unwrap());
-        let y = softmax(&normal(&[2, 2, 3], "x"), 0.7, Some(&mask)).unwrap().to_vec3::<f32>().unwrap();
-        assert!(y.iter().flatten().all(|row| (row.iter().sum::<f32>() - 1.0).abs() < 1e-6));
-        assert!(y.iter().all(|head| head[0][1] == 0.0 && head[1][2] == 0.0));
+        for card in [false, true] {
+            check(&[2, 2, 3], |x| softmax(x, 0.7, Some(&mask), card).unwrap());
+            check(&[2, 2, 3], |x| softmax(x, 0.7, None, card).unwrap());
+            let y = softmax(&normal(&[2, 2, 3], "x"), 0.7, Some(&mask), card).unwrap().to_vec3::<f32>().unwrap();
+            assert!(y.iter().flatten().all(|row| (row.iter().sum::<f32>() - 1.0).abs() < 1e-6));
+            assert!(y.iter().all(|head| head[0][1] == 0.0 && head[1][2] == 0.0));
+        }
     }
 }

@@ -1,11 +1,13 @@
 //! A linear layer: y = x Wᵀ + b.
 //!
-//! The one place that multiplies with weights, so that faster paths and adapters have one place to go. Weights are either
-//! f32 or as the file stores them; activations and results are f32 always.
+//! The one place that multiplies with weights, so that faster paths and adapters have one place to go. Weights are f32, as the
+//! file stores them, or a card's; activations and results are f32 always.
 
 use candle_core::{Device, Result, Storage, Tensor};
 
-use super::grad;
+use super::card::CardMatrix;
+use super::grad::{self, composed};
+use super::place::Compute;
 use super::quant::{Kernel, QuantMatrix};
 use super::team::team;
 use super::vector::dot;
@@ -28,6 +30,8 @@ enum Weight {
     Dense(Tensor),
     /// As stored; a fraction of the memory.
     Stored { matrix: QuantMatrix, kernel: Kernel },
+    /// On a card.
+    Card(CardMatrix),
 }
 
 impl Linear {
@@ -39,6 +43,13 @@ impl Linear {
     /// From a weight `[outputs, inputs]` as stored and a bias `[outputs]` in f32; an empty bias is none.
     pub(crate) fn stored(matrix: QuantMatrix, kernel: Kernel, bias: Vec<f32>) -> Result<Self> {
         Self::new(Weight::Stored { matrix, kernel }, bias)
+    }
+
+    /// From a weight `[outputs, inputs]` on a card and a bias `[outputs]` in f32; an empty bias is none.
+    pub(crate) fn card(matrix: CardMatrix, bias: Vec<f32>, compute: &Compute) -> Result<Self> {
+        let mut linear = Self::new(Weight::Card(matrix), bias)?;
+        linear.bias = linear.bias.map(|bias| bias.to_device(compute.device())).transpose()?;
+        Ok(linear)
     }
 
     fn new(weight: Weight, bias_values: Vec<f32>) -> Result<Self> {
@@ -58,6 +69,7 @@ impl Linear {
             Weight::Dense(weight) if x.dim(0)? == 1 => one_row(x, weight)?,
             Weight::Dense(weight) => x.matmul(&weight.t()?)?,
             Weight::Stored { matrix, kernel } => product(x, matrix, *kernel)?,
+            Weight::Card(matrix) => matrix.forward(x)?,
         };
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
@@ -71,7 +83,7 @@ impl Linear {
     pub(crate) fn parts(&self) -> Option<(&QuantMatrix, &[f32])> {
         match &self.weight {
             Weight::Stored { matrix, .. } => Some((matrix, &self.bias_values)),
-            Weight::Dense(_) => None,
+            Weight::Dense(_) | Weight::Card(_) => None,
         }
     }
 
@@ -80,6 +92,7 @@ impl Linear {
         let y = match &self.weight {
             Weight::Dense(weight) => grad::frozen_dense(x, weight)?,
             Weight::Stored { matrix, .. } => grad::frozen_stored(x, matrix)?,
+            Weight::Card(matrix) => composed::frozen(x, matrix)?,
         };
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),

@@ -17,6 +17,7 @@ use super::gguf::{Gguf, GgufError, TensorInfo};
 use super::hf::Checkpoint;
 use super::hf::config::Settings;
 use super::names::Part;
+use super::place::{Compute, Place};
 use super::tokenizer::{BuildError, Tokenizer};
 use super::weights::{Precision, Source, WeightError, Weights};
 use crate::cache::{CacheLayout, KvCache};
@@ -38,8 +39,10 @@ pub struct LoadOptions {
     pub precision: Precision,
     /// Load without the tokenizer, for a program that deals in ids only: Gemma's takes 70 MB and seconds.
     pub ids_only: bool,
-    /// How running sequences hold keys and values; with [`Precision::F32`] always as computed.
+    /// How running sequences hold keys and values; with [`Precision::F32`] and on cards always as computed.
     pub cache: CachePrecision,
+    /// Where it computes; everything but the embedding lies there then.
+    pub place: Place,
 }
 
 /// One sequence of a batch: its context, and the tokens that go on after it.
@@ -81,6 +84,7 @@ pub struct Model {
     pass_tokens: usize,
     precision: Precision,
     cache: CachePrecision,
+    compute: Compute,
 }
 
 /// What loading puts together; last, bytes of the tensors as stored.
@@ -94,21 +98,35 @@ impl Model {
     /// # Errors
     /// [`ModelError::CorruptModel`] for another file than expected; otherwise what is wrong with the file, by name.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        let compute = options.place.open()?;
         let fingerprint = fingerprint(path)?;
         if let Some(expected) = options.expected_fingerprint.as_ref().filter(|expected| **expected != fingerprint) {
             let (path, expected) = (path.to_path_buf(), expected.clone());
             return Err(ModelError::CorruptModel { path, expected, got: fingerprint });
         }
-        let (config, decoder, tokenizer, weight_bytes) =
-            if path.is_dir() { Self::load_directory(path, options)? } else { Self::load_gguf(path, options)? };
+        let (config, decoder, tokenizer, weight_bytes) = if path.is_dir() {
+            Self::load_directory(path, options, &compute)?
+        } else {
+            Self::load_gguf(path, options, &compute)?
+        };
         let layout = Arc::new(CacheLayout::new(&config, fingerprint));
         let (precision, cache) = (options.precision, options.cache);
         let pass_tokens = weight_bytes / PASS_SHARE / config.activation_bytes_per_token() as u64;
         let pass_tokens = (pass_tokens as usize).clamp(PASS_TOKENS_MIN, PASS_TOKENS_MAX);
-        Ok(Self { path: path.to_path_buf(), config, tokenizer, decoder, layout, pass_tokens, precision, cache })
+        Ok(Self {
+            path: path.to_path_buf(),
+            config,
+            tokenizer,
+            decoder,
+            layout,
+            pass_tokens,
+            precision,
+            cache,
+            compute,
+        })
     }
 
-    fn load_gguf(path: &Path, options: &LoadOptions) -> Result<Parts, ModelError> {
+    fn load_gguf(path: &Path, options: &LoadOptions, compute: &Compute) -> Result<Parts, ModelError> {
         let in_file = |source: GgufError| ModelError::Gguf { path: path.to_path_buf(), source };
         let wrong = |error: ConfigError| match error {
             ConfigError::Gguf(source) => in_file(source),
@@ -121,7 +139,8 @@ impl Model {
         };
         let mut gguf = Gguf::open(path).map_err(in_file)?;
         let family = family_of(&gguf.metadata).map_err(wrong)?;
-        let divisors = Weights::new(Source::Gguf(&gguf), family, options.precision).rope_divisors().map_err(taken)?;
+        let divisors =
+            Weights::new(Source::Gguf(&gguf), family, options.precision, compute).rope_divisors().map_err(taken)?;
         let config = ModelConfig::from_metadata(&gguf.metadata, divisors).map_err(wrong)?;
         // Before the weights, which then take the place of the vocabulary's text and of what was built from it.
         let metadata = std::mem::take(&mut gguf.metadata);
@@ -134,7 +153,7 @@ impl Model {
             })?),
         };
         drop(metadata);
-        let mut weights = Weights::new(Source::Gguf(&gguf), family, options.precision);
+        let mut weights = Weights::new(Source::Gguf(&gguf), family, options.precision, compute);
         // Known already; asked for again as one of the tensors that are used.
         weights.rope_divisors().map_err(taken)?;
         let name = weights.name(Part::Embedding, "weight");
@@ -147,7 +166,7 @@ impl Model {
         Ok((config, decoder, tokenizer, bytes))
     }
 
-    fn load_directory(path: &Path, options: &LoadOptions) -> Result<Parts, ModelError> {
+    fn load_directory(path: &Path, options: &LoadOptions, compute: &Compute) -> Result<Parts, ModelError> {
         let checkpoint = Checkpoint::open(path)?;
         let settings = Settings::read(&checkpoint)?;
         let tokenizer = match options.ids_only {
@@ -155,7 +174,7 @@ impl Model {
             false => Some(Tokenizer::from_checkpoint(&checkpoint, &settings)?),
         };
         let source = Source::Checkpoint { files: &checkpoint, tied: settings.tied };
-        let weights = Weights::new(source, settings.config.family, options.precision);
+        let weights = Weights::new(source, settings.config.family, options.precision, compute);
         let name = weights.name(Part::Embedding, "weight");
         let decoder = Decoder::load(&settings.config, weights).map_err(|error| match error {
             WeightError::Gguf(_) => unreachable!("no GGUF file is open"),
@@ -225,7 +244,10 @@ impl Model {
         }
         let (kv_heads, head_dim) = (self.config.kv_heads, self.config.head_dim);
         let buffers = || match (self.precision, self.cache) {
-            (Precision::F32, _) => TensorBuffers::new(kv_heads, head_dim).map(LayerBuffers::Tensors),
+            (Precision::F32, _) => TensorBuffers::new(kv_heads, head_dim, &self.compute).map(LayerBuffers::Tensors),
+            _ if self.compute.is_card() => {
+                TensorBuffers::new(kv_heads, head_dim, &self.compute).map(LayerBuffers::Tensors)
+            }
             (Precision::Stored, CachePrecision::F32) => Ok(LayerBuffers::F32(SliceBuffers::new(kv_heads, head_dim))),
             (Precision::Stored, CachePrecision::F16) => Ok(LayerBuffers::F16(SliceBuffers::new(kv_heads, head_dim))),
         };

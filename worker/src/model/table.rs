@@ -5,21 +5,34 @@
 
 use candle_core::{Device, Result, Tensor};
 
-use super::grad;
+use super::card::CardMatrix;
+use super::grad::{self, composed};
 use super::linear::product;
+use super::place::Compute;
 use super::quant::{Kernel, QuantMatrix};
+use super::weights::Precision;
 
 /// A table `[rows, width]`, as stored in the file.
 #[derive(Debug)]
 pub struct RowTable {
     matrix: QuantMatrix,
     kernel: Kernel,
+    /// The same rows where a card multiplies with them.
+    card: Option<CardMatrix>,
 }
 
 impl RowTable {
     /// A table whose products are computed by `kernel`; with [`Kernel::Exact`] the numbers are those of the f32 table.
     pub(crate) fn new(matrix: QuantMatrix, kernel: Kernel) -> Self {
-        Self { matrix, kernel }
+        Self { matrix, kernel, card: None }
+    }
+
+    /// The same with products on the card of `compute`, if it is one.
+    pub(crate) fn on(mut self, precision: Precision, compute: &Compute) -> Result<Self> {
+        if compute.is_card() {
+            self.card = Some(CardMatrix::new(&self.matrix, precision, compute)?);
+        }
+        Ok(self)
     }
 
     /// Number of rows: the size of the vocabulary.
@@ -65,11 +78,17 @@ impl RowTable {
     /// # Errors
     /// Only if the width does not match.
     pub fn scores(&self, x: &Tensor) -> Result<Tensor> {
-        product(x, &self.matrix, self.kernel)
+        match &self.card {
+            Some(card) => card.forward(x),
+            None => product(x, &self.matrix, self.kernel),
+        }
     }
 
     /// As [`RowTable::scores`], exact, with a gradient for `x`.
     pub(crate) fn tracked_scores(&self, x: &Tensor) -> Result<Tensor> {
-        grad::frozen_stored(x, &self.matrix)
+        match &self.card {
+            Some(card) => composed::frozen(x, card),
+            None => grad::frozen_stored(x, &self.matrix),
+        }
     }
 }

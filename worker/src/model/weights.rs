@@ -11,12 +11,14 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
 
+use super::card::CardMatrix;
 use super::error::ModelError;
 use super::family::Family;
 use super::gguf::{Gguf, GgufError, TensorInfo};
 use super::hf::Checkpoint;
 use super::linear::Linear;
 use super::names::{Naming, Part};
+use super::place::Compute;
 use super::quant::{Kernel, QuantKind, QuantMatrix};
 use super::table::RowTable;
 
@@ -48,6 +50,7 @@ pub(crate) struct Weights<'a> {
     source: Source<'a>,
     family: Family,
     precision: Precision,
+    compute: Compute,
     kernel: Kernel,
     used: BTreeSet<String>,
 }
@@ -64,12 +67,12 @@ pub(crate) enum WeightError {
 }
 
 impl<'a> Weights<'a> {
-    pub(crate) fn new(source: Source<'a>, family: Family, precision: Precision) -> Self {
+    pub(crate) fn new(source: Source<'a>, family: Family, precision: Precision, compute: &Compute) -> Self {
         let kernel = match precision {
             Precision::F32 => Kernel::Exact,
             Precision::Stored => Kernel::best(),
         };
-        Self { source, family, precision, kernel, used: BTreeSet::new() }
+        Self { source, family, precision, compute: compute.clone(), kernel, used: BTreeSet::new() }
     }
 
     /// What RoPE's frequencies are divided by, `[n]`, where the file holds that.
@@ -93,6 +96,11 @@ impl<'a> Weights<'a> {
     /// How projections are held.
     pub(crate) fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// Where they go.
+    pub(crate) fn compute(&self) -> &Compute {
+        &self.compute
     }
 
     /// A projection `[outputs, inputs]`, with its bias if wanted.
@@ -120,9 +128,13 @@ impl<'a> Weights<'a> {
                 values
             }
         };
-        if self.precision == Precision::Stored {
+        if self.precision == Precision::Stored || self.compute.is_card() {
             let matrix = self.stored(&name, &info)?;
             let matrix = order.map_or(matrix.clone(), |order| matrix.with_row_order(&order));
+            if self.compute.is_card() {
+                let matrix = CardMatrix::new(&matrix, self.precision, &self.compute)?;
+                return Ok(Linear::card(matrix, bias, &self.compute)?);
+            }
             return Ok(Linear::stored(matrix, self.kernel, bias)?);
         }
         let mut weight = self.dequantise(&name, &info)?;

@@ -7,7 +7,8 @@ use clap::{Args, Subcommand, ValueEnum};
 use protocol::models::ModelsDir;
 
 use crate::cache::CacheError;
-use crate::model::{CachePrecision, LoadOptions, Model, ModelError, Precision, SamplingError};
+use crate::model::{CachePrecision, DeviceChoice, LoadOptions, Model, ModelError, Place, Precision, SamplingError};
+use crate::support::ElementType;
 
 /// `model …`.
 #[derive(Debug, Subcommand)]
@@ -37,6 +38,12 @@ pub struct ModelArgs {
     /// Compute threads [default: all cores].
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// `cpu` or `cuda:0` [default: the first card, if the build is one for cards].
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceChoice>,
+    /// What a card holds weights, keys and values in: f32, f16 or bf16.
+    #[arg(long, value_name = "TYPE", default_value_t = ElementType::F32)]
+    pub elements: ElementType,
 }
 
 /// [`Precision`] as typed.
@@ -242,7 +249,9 @@ impl ModelArgs {
             KvArg::F32 => CachePrecision::F32,
             KvArg::F16 => CachePrecision::F16,
         };
-        Ok(Model::load(&path, &LoadOptions { expected_fingerprint, precision, cache, ids_only })?)
+        let device = self.device.unwrap_or_else(|| Place::of_build().device);
+        let place = Place { device, elements: self.elements };
+        Ok(Model::load(&path, &LoadOptions { expected_fingerprint, precision, ids_only, cache, place })?)
     }
 }
 

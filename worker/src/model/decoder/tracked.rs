@@ -17,7 +17,8 @@ use crate::model::grad;
 /// A prefix that gradients may reach: K and V of every layer as tensors, any of which may come from variables.
 #[derive(Debug, Clone)]
 pub struct TrackedCache {
-    /// K and V of each layer, first layer first, both `[H_kv, P, D]` f32 on the CPU.
+    /// K and V of each layer, first layer first, both `[H_kv, P, D]` f32. On another device than the
+    /// model's they are brought there, with their gradient.
     pub layers: Vec<(Tensor, Tensor)>,
     /// The position of each of the P columns.
     pub positions: Vec<i64>,
@@ -155,12 +156,13 @@ impl Decoder {
         (tokens, positions): (&[u32], &[i64]),
         scored: Range<usize>,
     ) -> Result<Tensor> {
-        let pass = Pass::new(config, &[(&prefix.positions[..], positions)], None)?;
-        let turn = |setting: &Setting| Setting::new(&setting.layer, &[(&[], &prefix.positions[..])]);
+        let compute = &self.compute;
+        let pass = Pass::new(config, &[(&prefix.positions[..], positions)], compute, None)?;
+        let turn = |setting: &Setting| Setting::new(&setting.layer, &[(&[], &prefix.positions[..])], compute);
         let prefix_turns =
             if prefix.rotated { Vec::new() } else { pass.settings.iter().map(turn).collect::<Result<_>>()? };
         let tracked = Tracked { pass, prefix, prefix_turns, adapters };
-        let mut x = (self.embedding.lookup(tokens)? * self.embedding_scale)?;
+        let mut x = self.embedded(tokens)?;
         for (index, block) in self.blocks.iter().enumerate() {
             x = block.tracked(&x, index, &tracked)?;
         }
@@ -174,17 +176,33 @@ impl Tracked<'_> {
     fn adapted(&self, layer: usize, projection: Projection, x: &Tensor, y: Tensor) -> Result<Tensor> {
         match self.adapters.get(&(layer, projection)) {
             None => Ok(y),
-            Some(adapter) => y + (x.matmul(&adapter.down.t()?)?.matmul(&adapter.up.t()?)? * adapter.scale)?,
+            Some(adapter) => {
+                let (down, up) = (self.here(&adapter.down)?, self.here(&adapter.up)?);
+                y + (x.matmul(&down.t()?)?.matmul(&up.t()?)? * adapter.scale)?
+            }
         }
+    }
+
+    /// A tensor on the device that computes, with its gradient.
+    fn here(&self, tensor: &Tensor) -> Result<Tensor> {
+        tensor.to_device(self.pass.compute.device())
     }
 
     /// K (rotated) and V of the prefix in one layer.
     fn prefix(&self, layer: usize) -> Result<(Tensor, Tensor)> {
-        let (k, v) = self.prefix.layers[layer].clone();
+        let (k, v) = &self.prefix.layers[layer];
+        let (k, v) = (self.here(k)?, self.here(v)?);
         match self.prefix_turns.get(self.pass.setting_of[layer]) {
-            Some(setting) => Ok((grad::rotate(&k, &setting.cosines, &setting.sines)?, v)),
+            Some(setting) => Ok((setting.tracked(&k)?, v)),
             None => Ok((k, v)),
         }
+    }
+}
+
+impl Setting {
+    /// As [`Setting::rotate`], with a gradient.
+    fn tracked(&self, x: &Tensor) -> Result<Tensor> {
+        grad::rotate(x, &self.cosines, &self.sines, self.card)
     }
 }
 
@@ -210,8 +228,7 @@ impl Attention {
         let (q, k) = (heads(q, self.heads, self.q_norm.as_ref())?, heads(k, self.kv_heads, self.k_norm.as_ref())?);
         let v = heads(v, self.kv_heads, None)?;
         let setting = tracked.pass.setting(index);
-        let q = grad::rotate(&q, &setting.cosines, &setting.sines)?;
-        let k = grad::rotate(&k, &setting.cosines, &setting.sines)?;
+        let (q, k) = (setting.tracked(&q)?, setting.tracked(&k)?);
         let (before_k, before_v) = tracked.prefix(index)?;
         let (k, v) = match tracked.prefix.positions.is_empty() {
             true => (k, v),
@@ -221,7 +238,8 @@ impl Attention {
 
         let grouped = (self.kv_heads, self.heads / self.kv_heads * length, self.head_dim);
         let scores = q.reshape(grouped)?.matmul(&k.transpose(1, 2)?)?.reshape((self.heads, length, columns))?;
-        let probabilities = grad::softmax(&scores, self.scale, setting.masks[0].as_ref())?;
+        let probabilities =
+            grad::softmax(&scores, self.scale, setting.masks[0].as_ref(), tracked.pass.compute.is_card())?;
         let mixed = probabilities.reshape((grouped.0, grouped.1, columns))?.matmul(&v)?;
         let mixed = mixed.reshape((self.heads, length, self.head_dim))?.transpose(0, 1)?;
         let mixed = mixed.reshape((length, self.heads * self.head_dim))?;
@@ -240,7 +258,7 @@ impl Mlp {
 
 impl Norm {
     fn tracked(&self, x: &Tensor) -> Result<Tensor> {
-        grad::rms_norm(x, &self.weight, self.epsilon)
+        grad::rms_norm(x, &self.weight, self.epsilon, self.card)
     }
 
     fn tracked_optional(norm: Option<&Self>, x: Tensor) -> Result<Tensor> {

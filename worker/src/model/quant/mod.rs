@@ -176,6 +176,15 @@ impl QuantMatrix {
         self.range.len()
     }
 
+    /// The blocks of these rows.
+    ///
+    /// # Panics
+    /// If a row does not exist.
+    pub(crate) fn row_bytes(&self, rows: Range<usize>) -> &[u8] {
+        let row = self.kind.row_bytes(self.cols);
+        &(*self.storage).as_ref()[self.range.clone()][rows.start * row..rows.end * row]
+    }
+
     /// True if no value is NaN or infinite.
     pub fn is_finite(&self) -> bool {
         let finite = AtomicBool::new(true);

@@ -23,7 +23,7 @@ struct Cli {
 enum Command {
     /// One model by hand, without a cluster.
     #[command(subcommand)]
-    Model(ModelCommand),
+    Model(Box<ModelCommand>),
     /// What this build can compute on: devices, and what their kernels were compiled for.
     Support {
         /// One JSON document.

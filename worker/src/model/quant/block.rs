@@ -125,7 +125,7 @@ fn dequantize_plain(kind: QuantKind, row: &[u8], out: &mut [f32]) {
         }
         QuantKind::Q4_1 => {
             blocks::<20, 32>(row, out, |block, out| {
-                nibbles(half_at(block, 0), 0.0, half_at(block, 2), &block[4..20], out)
+                nibbles(half_at(block, 0), 0.0, half_at(block, 2), &block[4..20], out);
             });
         }
         QuantKind::Q5_0 => blocks::<22, 32>(row, out, |block, out| {

@@ -180,7 +180,7 @@ pub enum ModelsCommand {
     /// The hub is asked with the token in HF_TOKEN, or the one that Hugging Face's own tools keep; HF_ENDPOINT names another
     /// address of it.
     Pull {
-        /// Names of the catalogue, or ORG/NAME[@REVISION][:FILE.gguf] of the hub
+        /// Names of the catalogue, or `ORG/NAME[@REVISION][:FILE.gguf]` of the hub
         #[arg(required_unless_present = "all", conflicts_with = "all")]
         names: Vec<String>,
         /// All known models

@@ -95,7 +95,7 @@ enum ModelsCommand {
 
 #[derive(Debug, Args)]
 struct ModelsArgs {
-    /// Names from the catalogue, or ORG/NAME[@REVISION][:FILE.gguf] of the hub.
+    /// Names from the catalogue, or `ORG/NAME[@REVISION][:FILE.gguf]` of the hub.
     names: Vec<String>,
     /// Models directory [default: $BONEPILE_MODELS or ~/.cache/bonepile/models].
     #[arg(long, value_name = "DIR")]

@@ -364,7 +364,7 @@ impl CustomOp1 for CrossEntropy {
         Ok((CpuStorage::F32(vec![mean]), Shape::from(())))
     }
 
-    /// dx = dy (softmax x - 1[target]) / T.
+    /// `dx = dy (softmax x - 1[target]) / T`.
     fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
         let factor = gradient.to_scalar::<f32>()? / self.targets.len() as f32;
         let mut result = numbers(x)?;

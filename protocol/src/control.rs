@@ -34,6 +34,8 @@ messages! {
         0x0104 SeatFailed(SeatFailed),
         /// First on an upload stream.
         0x0105 Upload(Upload),
+        /// What a running seat's program has written.
+        0x0106 SeatWrote(SeatWrote),
     }
 }
 
@@ -94,6 +96,22 @@ pub struct Hello {
     pub peer_port: u16,
     /// Addresses of its interfaces (text, no port), nearest first, beside the one that the coordinator sees.
     pub addresses: Vec<String>,
+    /// What its operator says of it.
+    pub terms: Terms,
+}
+
+/// A worker's terms, as its operator set them.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Terms {
+    /// Labels `name=value`, sorted, no name twice.
+    pub labels: Vec<String>,
+    /// What an hour of it costs beside electricity, millionths of a US dollar.
+    pub price_microusd_per_hour: u64,
+    /// Programs of researchers (kind `command`) may run here.
+    pub commands: bool,
+    /// Seats that may be sent ahead to each device, to wait there for the one before: no wait for the coordinator between
+    /// short shards.
+    pub ahead: u32,
 }
 
 /// A seat that a worker holds.
@@ -127,6 +145,19 @@ pub struct Heartbeat {
     pub telemetry: Vec<Telemetry>,
     /// Attempts it runs or has finished and not yet settled.
     pub held: Vec<HeldSeat>,
+}
+
+/// What a running seat's program has written to its standard output and error. Best effort: the whole is an artifact later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeatWrote {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The seat.
+    pub role: Role,
+    /// Where `bytes` stand in all that it wrote.
+    pub offset: u64,
+    /// At most [`crate::limits::OUTPUT_PIECE_BYTES_MAX`].
+    pub bytes: Vec<u8>,
 }
 
 /// A seat's part is done: its artifacts are in the store.
@@ -233,6 +264,18 @@ pub enum FailureKind {
     LocalDisk,
     /// A bug: the message says where.
     Internal,
+    /// The researcher's program ended with an exit code that is not 0, or by a signal.
+    CommandFailed,
+    /// The researcher's program took longer than it may.
+    TimedOut,
+    /// The worker's operator does not allow it.
+    Forbidden,
+    /// The executor's build has no kernel for the card.
+    NoKernel,
+    /// The card itself: a driver error, a fall off the bus, a wrong answer.
+    DeviceSick,
+    /// The box was told that it will be taken away.
+    Preempted,
     /// A number this build does not know.
     Unknown(u16),
 }
@@ -249,7 +292,7 @@ pub enum Retry {
 }
 
 impl FailureKind {
-    const TABLE: [(u16, Self, &'static str, Retry); 12] = [
+    const TABLE: [(u16, Self, &'static str, Retry); 18] = [
         (1, Self::ExecutorLost, "executor lost", Retry::Elsewhere),
         (2, Self::OutOfMemory, "out of memory", Retry::Elsewhere),
         (3, Self::ModelMissing, "model missing", Retry::Elsewhere),
@@ -262,6 +305,12 @@ impl FailureKind {
         (10, Self::Cancelled, "cancelled", Retry::Never),
         (11, Self::LocalDisk, "local disk", Retry::Elsewhere),
         (12, Self::Internal, "internal error", Retry::Elsewhere),
+        (13, Self::CommandFailed, "command failed", Retry::Elsewhere),
+        (14, Self::TimedOut, "timed out", Retry::Elsewhere),
+        (15, Self::Forbidden, "forbidden", Retry::Free),
+        (16, Self::NoKernel, "no kernel", Retry::Free),
+        (17, Self::DeviceSick, "device sick", Retry::Free),
+        (18, Self::Preempted, "preempted", Retry::Free),
     ];
 
     fn row(self) -> Option<&'static (u16, Self, &'static str, Retry)> {
@@ -352,6 +401,8 @@ pub struct StartSeat {
     pub device: DeviceId,
     /// Memory set aside there, bytes.
     pub reserved_bytes: u64,
+    /// Seats of one device with the same lane run one after another, in the order of their fencing numbers.
+    pub lane: u32,
     /// What to do.
     pub spec: ShardSpec,
     /// All seats of the attempt, this one too: who may send to whom.

@@ -12,6 +12,10 @@ pub enum ShardSpec {
     Inspect(InspectSpec),
     /// Same-model cache transfer (E2): caches made by a source, injected by a target, against oracle and controls.
     Transfer(TransferSpec),
+    /// Any program of the researcher's, on a placed device.
+    Command(Box<CommandSpec>),
+    /// Nothing: placed, started, finished and committed like any other shard, so that the machinery itself can be measured.
+    NoOp(NoOpSpec),
 }
 
 impl ShardSpec {
@@ -20,6 +24,8 @@ impl ShardSpec {
         match self {
             Self::Inspect(_) => "inspect",
             Self::Transfer(_) => "transfer",
+            Self::Command(_) => "command",
+            Self::NoOp(_) => "no-op",
         }
     }
 
@@ -28,13 +34,14 @@ impl ShardSpec {
         match self {
             Self::Inspect(spec) => vec![&spec.model],
             Self::Transfer(spec) => vec![&spec.model],
+            Self::Command(_) | Self::NoOp(_) => Vec::new(),
         }
     }
 
     /// The seats, in the order they are placed.
     pub fn roles(&self) -> &'static [Role] {
         match self {
-            Self::Inspect(_) => &[Role::Main],
+            Self::Inspect(_) | Self::Command(_) | Self::NoOp(_) => &[Role::Main],
             Self::Transfer(_) => &[Role::Source, Role::Target],
         }
     }
@@ -42,7 +49,7 @@ impl ShardSpec {
     /// Where the seats may sit relative to each other.
     pub fn spread(&self) -> Spread {
         match self {
-            Self::Inspect(_) => Spread::Any,
+            Self::Inspect(_) | Self::Command(_) | Self::NoOp(_) => Spread::Any,
             Self::Transfer(spec) => spec.spread,
         }
     }
@@ -54,8 +61,73 @@ impl ShardSpec {
             Self::Transfer(spec) => {
                 format!("transfer {} facts={}..{}", spec.model, spec.first_fact, spec.first_fact + spec.facts)
             }
+            Self::Command(spec) => format!("command {}", spec.argv.join(" ")),
+            Self::NoOp(spec) => format!("no-op {}", spec.index),
         }
     }
+
+    /// The part of the throughput table's key that the spec decides: kind, model and phase, so that equal classes take equal
+    /// time a unit of work on equal devices.
+    pub fn work_class(&self) -> String {
+        match self {
+            Self::Inspect(spec) => format!("inspect/{}", spec.model),
+            Self::Transfer(spec) => format!("transfer/{}/conditions={}", spec.model, spec.conditions.len()),
+            Self::Command(spec) => format!("command/{}", spec.class),
+            Self::NoOp(_) => "no-op".to_owned(),
+        }
+    }
+
+    /// Units of work: texts of an inspection, facts of a transfer, what a command declares.
+    pub fn work_units(&self) -> u32 {
+        match self {
+            Self::Inspect(spec) => spec.texts,
+            Self::Transfer(spec) => spec.facts,
+            Self::Command(spec) => spec.work,
+            Self::NoOp(_) => 1,
+        }
+        .max(1)
+    }
+
+    /// Compute threads that a seat takes of a processor; `None`: all of them.
+    pub fn threads(&self) -> Option<u32> {
+        match self {
+            Self::Inspect(_) | Self::Transfer(_) => None,
+            Self::Command(spec) => Some(spec.threads),
+            Self::NoOp(_) => Some(1),
+        }
+    }
+}
+
+/// Parameters of a shard of kind `command`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommandSpec {
+    /// Program and arguments, parameters of the matrix put in; the program is looked up on the worker's `PATH`.
+    pub argv: Vec<String>,
+    /// Variables added to the environment. Parameters of the matrix are among them, as `BONEPILE_PARAM_…`.
+    pub env: Vec<(String, String)>,
+    /// Files written into the working directory before the start: (name, text).
+    pub files: Vec<(String, String)>,
+    /// Peak memory on its device that the researcher declares, bytes.
+    pub memory_bytes: u64,
+    /// Compute threads that it takes where it runs on a processor, 1 or more.
+    pub threads: u32,
+    /// Patterns of files below the working directory that become artifacts (`*` within a name, `**` over directories).
+    pub collect: Vec<String>,
+    /// Killed after so long, milliseconds; 0: never.
+    pub timeout_ms: u64,
+    /// Further tries after an exit code that is not 0: a program that says it failed usually fails again.
+    pub retries: u32,
+    /// What its time is compared with: its name in the throughput table.
+    pub class: String,
+    /// Units of work, 1 or more.
+    pub work: u32,
+}
+
+/// Parameters of a shard of kind `no-op`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NoOpSpec {
+    /// Its place in the sweep.
+    pub index: u32,
 }
 
 /// Where the seats of a shard may sit relative to each other.

@@ -59,6 +59,18 @@ pub struct Device {
     pub threads: u32,
     /// Why nothing may run here (no executor build for this card, say); `None` if it is usable.
     pub unusable: Option<String>,
+    /// What a short benchmark measured here; `None` if there was none.
+    #[serde(default)]
+    pub speed: Option<Speed>,
+}
+
+/// What a short benchmark of a device measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Speed {
+    /// Products of f32 matrices, millions of floating-point operations a second.
+    pub f32_mflops: u64,
+    /// Reading memory, bytes a second.
+    pub memory_bytes_per_second: u64,
 }
 
 /// What changes about a device, sent with each heartbeat. A field that card or driver does not support is `None`.

@@ -21,6 +21,7 @@ pub mod error;
 pub mod exec;
 pub mod experiment;
 pub mod frame;
+pub mod group;
 pub mod hardware;
 pub mod identity;
 pub mod ids;
@@ -34,6 +35,7 @@ pub mod private_file;
 #[cfg(feature = "quic")]
 pub mod quic;
 pub mod results;
+pub mod size;
 pub mod source;
 pub mod store;
 pub mod sweep;

@@ -26,6 +26,16 @@ pub const SHARDS_PER_RUN_MAX: usize = 100_000;
 pub const WORKER_TEXT_BYTES_MAX: usize = 4096;
 /// Most names of models that a worker reports: with names of usual length they take a third of a greeting.
 pub const MODEL_NAMES_MAX: usize = 1_000;
+/// Longest piece of a program's output in one message, bytes: a heartbeat behind it waits a millisecond at most.
+pub const OUTPUT_PIECE_BYTES_MAX: usize = 16 << 10;
+/// Newest output of a running shard that the coordinator keeps at hand, bytes.
+pub const OUTPUT_TAIL_BYTES_MAX: usize = 256 << 10;
+/// Texts of files in one `command` spec, bytes in all: each shard carries its own.
+pub const COMMAND_FILES_BYTES_MAX: usize = 64 << 10;
+/// Most seats that may be sent ahead to a device, whatever its worker offers.
+pub const SEATS_AHEAD_MAX: u32 = 512;
+/// Most labels of a worker.
+pub const LABELS_MAX: usize = 64;
 /// Most devices a worker may report.
 pub const DEVICES_PER_WORKER_MAX: usize = 64;
 

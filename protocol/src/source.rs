@@ -55,7 +55,7 @@ pub struct TableReader<'a> {
     /// Where the table begins, for complaints about what is missing.
     offset: usize,
     entries: BTreeMap<&'a str, Entry<'a>>,
-    asked: Vec<&'static str>,
+    asked: Vec<&'a str>,
 }
 
 impl<'a> TableReader<'a> {
@@ -182,6 +182,34 @@ impl<'a> TableReader<'a> {
         Ok(tables)
     }
 
+    /// The keys of the table, in the order of the text.
+    pub fn keys(&self) -> Vec<&'a str> {
+        let mut keys: Vec<_> = self.entries.iter().map(|(key, entry)| (entry.key_offset, *key)).collect();
+        keys.sort_unstable();
+        keys.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// The plain value of `key` (a text, a number, true or false) as the text would say it, quotes left out; `None` if the
+    /// table does not have it.
+    ///
+    /// # Errors
+    /// If it is a list or a table.
+    pub fn plain(&mut self, key: &str) -> Result<Option<String>, SourceError> {
+        let Some((known, value)) = self.entries.get_key_value(key).map(|(known, entry)| (*known, entry.value)) else {
+            return Ok(None);
+        };
+        self.asked.push(known);
+        match value.get_ref() {
+            DeValue::String(text) => Ok(Some(text.as_ref().to_owned())),
+            DeValue::Integer(number) => Ok(Some(number.to_string())),
+            DeValue::Float(number) => Ok(Some(number.to_string())),
+            DeValue::Boolean(flag) => Ok(Some(flag.to_string())),
+            other => {
+                Err(self.complain(key, format!("expected a text, a number, true or false, found {}", article(other))))
+            }
+        }
+    }
+
     /// Ends the reading.
     ///
     /// # Errors
@@ -250,6 +278,22 @@ impl FromToml for i64 {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, Option<String>> {
         let number = value.as_integer().ok_or(None)?;
         Self::from_str_radix(number.as_str(), number.radix()).map_err(|_| Some(format!("{number} is too large")))
+    }
+}
+
+impl FromToml for f64 {
+    const EXPECTED: &'static str = "a number";
+
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, Option<String>> {
+        let text = match value {
+            DeValue::Float(number) => number.as_str().replace('_', ""),
+            DeValue::Integer(number) => number.as_str().replace('_', ""),
+            _ => return Err(None),
+        };
+        text.parse::<Self>()
+            .ok()
+            .filter(|number| number.is_finite())
+            .ok_or_else(|| Some(format!("{text} is no plain number")))
     }
 }
 

@@ -321,6 +321,7 @@ pub(crate) fn start_seat(fence: u64, role: Role) -> StartSeat {
         role,
         device: DeviceId("cpu".into()),
         reserved_bytes: 1,
+        lane: 0,
         spec: ShardSpec::Inspect(spec),
         seats: Vec::new(),
     }

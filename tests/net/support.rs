@@ -197,6 +197,7 @@ pub(crate) fn hello() -> Hello {
         held: Vec::new(),
         peer_port: 0,
         addresses: Vec::new(),
+        terms: Default::default(),
     }
 }
 

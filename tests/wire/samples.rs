@@ -2,15 +2,15 @@
 
 use protocol::control::{
     CancelSeat, Failure, FailureKind, FromAuthority, Heartbeat, HeartbeatAck, HeldSeat, Hello, Join, Joined, Output,
-    Refused, SeatAddress, SeatFailed, SeatFinished, SeatProgress, SeatSettled, StartSeat, ToAuthority, ToCoordinator,
-    ToWorker, Upload, UploadAnswer, Usage, Welcome, refusal,
+    Refused, SeatAddress, SeatFailed, SeatFinished, SeatProgress, SeatSettled, SeatWrote, StartSeat, Terms,
+    ToAuthority, ToCoordinator, ToWorker, Upload, UploadAnswer, Usage, Welcome, refusal,
 };
 use protocol::exec::{
     Failed, Finished, FromExecutor, ModelFile, PacketFile, Progressed, Ready, RunSeat, StopSeat, ToExecutor,
 };
 use protocol::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
 use protocol::frame::{FrameError, Header, Messages};
-use protocol::hardware::{ComputeCapability, Device, DeviceKind, Telemetry};
+use protocol::hardware::{ComputeCapability, Device, DeviceKind, Speed, Telemetry};
 use protocol::ids::{ArtifactHash, AttemptId, DeviceId, Fence, Role, RunId, ShardId, TokenId, WorkerId};
 use protocol::peer::{Accept, Done, Grant, Offer, PeerMessage, Refuse, Wait, refuse};
 use protocol::time::UnixMillis;
@@ -49,6 +49,7 @@ pub(crate) fn all() -> Vec<Sample> {
             ToCoordinator::SeatFinished(_) => "seat-finished",
             ToCoordinator::SeatFailed(_) => "seat-failed",
             ToCoordinator::Upload(_) => "upload",
+            ToCoordinator::SeatWrote(_) => "seat-wrote",
         };
         all.push(sample("to-coordinator", name, &message));
     }
@@ -132,11 +133,13 @@ fn to_coordinator() -> Vec<ToCoordinator> {
             memory_budget_bytes: 7 << 30,
             threads: 1,
             unusable: Some("no executor build for compute capability 6.1".into()),
+            speed: Some(Speed { f32_mflops: 8_900_000, memory_bytes_per_second: 320_000_000_000 }),
         }],
         models: vec!["gemma-3-270m".into()],
         held: held(),
         peer_port: 40_001,
         addresses: vec!["192.0.2.7".into()],
+        terms: Terms { labels: vec!["site=attic".into()], price_microusd_per_hour: 350_000, commands: true, ahead: 64 },
     };
     let telemetry = Telemetry {
         device: DeviceId("GPU-1".into()),
@@ -161,6 +164,7 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         finished.into(),
         SeatFailed { attempt: attempt(), role: Role::Source, failure: failure() }.into(),
         Upload { attempt: attempt(), hash: ArtifactHash([0xcd; 32]), bytes: 70_000 }.into(),
+        SeatWrote { attempt: attempt(), role: Role::Main, offset: 4096, bytes: b"epoch 1\n".to_vec() }.into(),
     ]
 }
 
@@ -209,6 +213,7 @@ fn to_worker() -> Vec<ToWorker> {
         role: Role::Source,
         device: DeviceId("cpu".into()),
         reserved_bytes: 1_200_000_000,
+        lane: 1,
         spec: transfer(),
         seats: vec![SeatAddress {
             role: Role::Target,

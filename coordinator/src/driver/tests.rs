@@ -77,7 +77,15 @@ async fn started(journal: &MemoryJournal, store: &Store) -> DriverHandle {
 fn new_run() -> NewRun {
     let spec = InspectSpec { model: MODEL.to_owned(), layers: LayerSelection::All, texts: 2, seed: 1 };
     let specs = vec![ShardSpec::Inspect(spec)];
-    NewRun { name: "first".into(), priority: 0, seed: 1, file: "a.toml".into(), text: "name = \"first\"".into(), specs }
+    NewRun {
+        name: "first".into(),
+        priority: 0,
+        seed: 1,
+        file: "a.toml".into(),
+        text: "name = \"first\"".into(),
+        specs,
+        ..NewRun::default()
+    }
 }
 
 fn observed() -> SocketAddr {
@@ -98,11 +106,13 @@ fn hello(held: Vec<HeldSeat>) -> Hello {
             memory_budget_bytes: 8_000_000_000,
             threads: 2,
             unusable: None,
+            speed: None,
         }],
         models: vec![MODEL.to_owned()],
         held,
         peer_port: 7000,
         addresses: Vec::new(),
+        terms: Default::default(),
     }
 }
 

@@ -289,7 +289,7 @@ impl Driver {
             ToCoordinator::SeatFinished(finished) => Input::SeatFinished { worker, session, finished },
             ToCoordinator::SeatFailed(failed) => Input::SeatFailed { worker, session, failed },
             // Net lets neither through on a session that began.
-            ToCoordinator::Hello(_) | ToCoordinator::Upload(_) => return,
+            ToCoordinator::Hello(_) | ToCoordinator::Upload(_) | ToCoordinator::SeatWrote(_) => return,
         };
         self.ask(input).expect("what a worker says is never refused, only ignored");
     }

@@ -63,9 +63,19 @@ async fn submit(State(parts): Parts, body: Body) -> Answer<SubmitAnswer> {
     // A large matrix takes a while to expand: not on a thread that others wait for.
     let read = tokio::task::spawn_blocking(move || {
         let sweep = Sweep::parse(&request.file, &request.text)?;
-        let Sweep { name, seed, priority, shards } = sweep;
+        let Sweep { name, seed, priority, account, running_max, shards, groups } = sweep;
         let SubmitRequest { file, text } = request;
-        Ok::<_, protocol::error::SourceError>(NewRun { name, priority, seed, file, text, specs: shards })
+        Ok::<_, protocol::error::SourceError>(NewRun {
+            name,
+            priority,
+            seed,
+            account,
+            running_max,
+            file,
+            text,
+            specs: shards,
+            groups,
+        })
     });
     let run = read.await.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
     Ok(Json(parts.driver.submit(run.map_err(ApiError::from)?).await?))

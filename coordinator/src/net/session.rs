@@ -164,7 +164,7 @@ async fn read(
                 member.connection().close(VarInt::from_u32(close::PROTOCOL), b"out of place on the control stream");
                 return;
             }
-            ToCoordinator::SeatFinished(_) | ToCoordinator::SeatFailed(_) => None,
+            ToCoordinator::SeatFinished(_) | ToCoordinator::SeatFailed(_) | ToCoordinator::SeatWrote(_) => None,
         };
         if shared.driver.message(worker, session, cleaned_message(message)).await.is_err() {
             member.connection().close(VarInt::from_u32(close::RESTARTING), b"the coordinator stops");
@@ -193,7 +193,7 @@ fn cleaned_message(mut message: ToCoordinator) -> ToCoordinator {
             failed.failure.hint = clean_text(&failed.failure.hint);
         }
         ToCoordinator::SeatFinished(finished) => finished.build = clean_text(&finished.build),
-        ToCoordinator::Hello(_) | ToCoordinator::Upload(_) => {}
+        ToCoordinator::Hello(_) | ToCoordinator::Upload(_) | ToCoordinator::SeatWrote(_) => {}
     }
     message
 }

@@ -132,6 +132,8 @@ impl Summary {
             match &shard.spec {
                 ShardSpec::Inspect(spec) => summary.inspections.extend(inspection(shard, spec.layers)),
                 ShardSpec::Transfer(spec) => add_to_group(&mut groups, shard, spec),
+                // Their results are the researcher's own files.
+                ShardSpec::Command(_) | ShardSpec::NoOp(_) => {}
             }
         }
         summary.transfers = groups.into_iter().map(Group::finish).collect();

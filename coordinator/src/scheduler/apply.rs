@@ -3,6 +3,7 @@
 //! Decides nothing: an event that does not fit the state is an error that names both, and the state is left as it was.
 
 use protocol::control::{FailureKind, Retry};
+use protocol::group::Group;
 use protocol::ids::{AttemptId, Role, RunId, ShardId, TokenId, WorkerId};
 use protocol::model_name::is_path;
 
@@ -168,6 +169,9 @@ impl State {
             name: accepted.name.clone(),
             priority: accepted.priority,
             seed: accepted.seed,
+            account: accepted.account.clone(),
+            running_max: accepted.running_max,
+            groups: groups(accepted, count)?,
             file: accepted.file.clone(),
             text: accepted.text.clone(),
             submitted_at: record.at,
@@ -195,6 +199,7 @@ impl State {
                 device_model: device.model.clone(),
                 device_kind: device.kind,
                 reserved_bytes: seat.reserved_bytes,
+                lane: seat.lane,
                 freed: false,
                 outcome: None,
             })
@@ -338,6 +343,24 @@ impl State {
         reason.clone_into(&mut run.cancel_reason);
         Ok(())
     }
+}
+
+/// The experiments of a run; one for all its shards if it names none.
+fn groups(accepted: &RunAccepted, count: u32) -> Result<Vec<Group>, Misfit> {
+    if accepted.groups.is_empty() {
+        return Ok(vec![Group { count, ..Group::default() }]);
+    }
+    let mut next = 0;
+    for (index, group) in (0u32..).zip(&accepted.groups) {
+        if group.first != next || group.after.iter().any(|earlier| *earlier >= index) {
+            return Err(format!("experiment {index} does not follow on those before it"));
+        }
+        next = next.checked_add(group.count).ok_or("too many shards")?;
+    }
+    if next != count {
+        return Err(format!("experiments have {next} shards, the run has {count}"));
+    }
+    Ok(accepted.groups.clone())
 }
 
 /// Looking subjects up.

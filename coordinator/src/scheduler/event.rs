@@ -3,8 +3,9 @@
 //! Events are facts and are applied as they stand: nothing is decided here or in `apply.rs`. `docs/journal.md` has the
 //! table. Additive: a variant is never renamed; a new field has a `#[serde(default)]`.
 
-use protocol::control::{Failure, Output, Usage};
+use protocol::control::{Failure, Output, Terms, Usage};
 use protocol::experiment::ShardSpec;
+use protocol::group::Group;
 use protocol::hardware::Device;
 use protocol::ids::{AttemptId, DeviceRef, Role, RunId, ShardId, TokenId, WorkerId};
 use protocol::time::UnixMillis;
@@ -222,6 +223,9 @@ pub struct Report {
     pub devices: Vec<Device>,
     /// Catalogue names of its models, sorted, no name twice.
     pub models: Vec<String>,
+    /// What its operator says of it.
+    #[serde(default)]
+    pub terms: Terms,
 }
 
 /// A sweep became a run.
@@ -235,10 +239,19 @@ pub struct RunAccepted {
     pub priority: i32,
     /// The sweep's seed.
     pub seed: u64,
+    /// Whose share of the cluster it takes; empty: everybody's.
+    #[serde(default)]
+    pub account: String,
+    /// Most of its shards that may run at once; 0: no limit.
+    #[serde(default)]
+    pub running_max: u32,
     /// Name of the file as submitted.
     pub file: String,
     /// The file's text.
     pub text: String,
+    /// Its experiments; none: one that asks for nothing.
+    #[serde(default)]
+    pub groups: Vec<Group>,
     /// What each shard does, by index.
     pub specs: Vec<ShardSpec>,
 }
@@ -263,6 +276,9 @@ pub struct PlacedSeat {
     pub device: DeviceRef,
     /// Memory set aside there, bytes.
     pub reserved_bytes: u64,
+    /// Seats of one device in one lane run one after another.
+    #[serde(default)]
+    pub lane: u32,
 }
 
 /// A seat's part is done.

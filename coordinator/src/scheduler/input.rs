@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use protocol::control::{Heartbeat, Hello, SeatFailed, SeatFinished, ToWorker};
 use protocol::experiment::ShardSpec;
+use protocol::group::Group;
 use protocol::ids::{AttemptId, RunId, TokenId, WorkerId};
 
 use super::event::Settings;
@@ -113,7 +114,7 @@ pub struct Connected {
 }
 
 /// A sweep, parsed and expanded, to be accepted as a run.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct NewRun {
     /// The sweep's name.
     pub name: String,
@@ -121,10 +122,16 @@ pub struct NewRun {
     pub priority: i32,
     /// The sweep's seed.
     pub seed: u64,
+    /// Whose share of the cluster it takes; empty: everybody's.
+    pub account: String,
+    /// Most of its shards that may run at once; 0: no limit.
+    pub running_max: u32,
     /// Name of the file as submitted.
     pub file: String,
     /// The file's text.
     pub text: String,
+    /// Its experiments; none: one that asks for nothing.
+    pub groups: Vec<Group>,
     /// What each shard does; at least one, at most [`protocol::limits::SHARDS_PER_RUN_MAX`].
     pub specs: Vec<ShardSpec>,
 }

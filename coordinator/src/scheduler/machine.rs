@@ -231,6 +231,7 @@ impl Scheduler {
             role,
             device: seat.device.device.clone(),
             reserved_bytes: seat.reserved_bytes,
+            lane: seat.lane,
             spec,
             seats,
         };

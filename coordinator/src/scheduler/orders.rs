@@ -106,8 +106,19 @@ impl Scheduler {
             return Err(Rejection::ShardCount { count });
         }
         let run = RunId(self.state.runs.last_key_value().map_or(1, |(last, _)| last.0 + 1));
-        let NewRun { name, priority, seed, file, text, specs } = new;
-        self.emit(Event::RunAccepted(RunAccepted { run, name, priority, seed, file, text, specs }));
+        let NewRun { name, priority, seed, account, running_max, file, text, groups, specs } = new;
+        self.emit(Event::RunAccepted(RunAccepted {
+            run,
+            name,
+            priority,
+            seed,
+            account,
+            running_max,
+            file,
+            text,
+            groups,
+            specs,
+        }));
         self.unsettled = true;
         Ok(Answer::Run(run))
     }

@@ -270,6 +270,7 @@ impl<'a> Board<'a> {
                 role: *role,
                 device: self.rows[*at].device.clone(),
                 reserved_bytes: *bytes,
+                lane: 0,
             })
             .collect();
         let attempt = AttemptId { shard: need.shard, fence };

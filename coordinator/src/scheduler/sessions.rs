@@ -6,10 +6,13 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use protocol::control::{CancelSeat, Failure, FailureKind, Heartbeat, HeldSeat, Hello, SeatProgress, SeatSettled};
+use protocol::control::{
+    CancelSeat, Failure, FailureKind, Heartbeat, HeldSeat, Hello, SeatProgress, SeatSettled, Terms,
+};
+use protocol::group::is_label;
 use protocol::hardware::{Device, Telemetry};
 use protocol::ids::{AttemptId, DeviceRef, Role, WorkerId};
-use protocol::limits::{DEVICES_PER_WORKER_MAX, HEARTBEAT_INTERVAL_MS, clean_text};
+use protocol::limits::{DEVICES_PER_WORKER_MAX, HEARTBEAT_INTERVAL_MS, LABELS_MAX, SEATS_AHEAD_MAX, clean_text};
 
 use super::event::{Event, Report};
 use super::input::{Answer, Connected, Effect, Rejection};
@@ -228,7 +231,17 @@ fn report(hello: Hello) -> Result<Report, Rejection> {
         epoch: hello.epoch,
         devices: devices.into_iter().map(clean_device).collect(),
         models,
+        terms: clean_terms(hello.terms),
     })
+}
+
+fn clean_terms(terms: Terms) -> Terms {
+    let mut labels = terms.labels;
+    labels.retain(|label| is_label(label));
+    labels.sort();
+    labels.dedup();
+    labels.truncate(LABELS_MAX);
+    Terms { labels, ahead: terms.ahead.min(SEATS_AHEAD_MAX), ..terms }
 }
 
 fn clean_device(device: Device) -> Device {

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::control::{Failure, FailureKind, Output, Usage};
 use protocol::experiment::ShardSpec;
+use protocol::group::Group;
 use protocol::hardware::{Device, DeviceKind};
 use protocol::ids::{AttemptId, DeviceRef, Fence, Role, RunId, ShardId, TokenId, WorkerId};
 use protocol::model_name::is_path;
@@ -111,6 +112,12 @@ pub struct Run {
     pub priority: i32,
     /// The sweep's seed.
     pub seed: u64,
+    /// Whose share of the cluster it takes; empty: everybody's.
+    pub account: String,
+    /// Most of its shards that may run at once; 0: no limit.
+    pub running_max: u32,
+    /// Its experiments, at least one.
+    pub groups: Vec<Group>,
     /// Name of the file as submitted.
     pub file: String,
     /// The file's text.
@@ -198,6 +205,9 @@ pub struct Seat {
     pub device_kind: DeviceKind,
     /// Memory set aside there, bytes.
     pub reserved_bytes: u64,
+    /// Seats of one device in one lane run one after another.
+    #[serde(default)]
+    pub lane: u32,
     /// Its process is over, its outcome is still to come: the device is free.
     pub freed: bool,
     /// What it made, once that is known.

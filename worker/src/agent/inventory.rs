@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use protocol::hardware::{ComputeCapability, Device, DeviceKind, Telemetry};
 use protocol::ids::DeviceId;
 use protocol::limits::clean_text;
+use protocol::size::ByteSize;
 use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 use tokio::sync::watch;
 
@@ -27,32 +28,6 @@ const GPU_RESERVE_BYTES: u64 = 512 << 20;
 
 /// How long an executor may take to say what it supports: loading CUDA's libraries from a slow disk takes seconds.
 const SUPPORT: Duration = Duration::from_secs(20);
-
-/// A size as people write it: `4GB`, `1.5GiB`, `512MB`, `1000000`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ByteSize(pub u64);
-
-impl FromStr for ByteSize {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-        let (number, unit) = text.split_at(split);
-        let unit = match unit.trim().to_ascii_lowercase().as_str() {
-            "" | "b" => 1.0,
-            "kb" | "k" => 1e3,
-            "mb" | "m" => 1e6,
-            "gb" | "g" => 1e9,
-            "kib" => 1024.0,
-            "mib" => 1024.0 * 1024.0,
-            "gib" => 1024.0 * 1024.0 * 1024.0,
-            _ => return Err(format!("`{text}` is not a size such as 4GB or 512MiB")),
-        };
-        let number: f64 = number.parse().map_err(|_| format!("`{text}` is not a size such as 4GB or 512MiB"))?;
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "not negative; saturates")]
-        Ok(Self((number * unit) as u64))
-    }
-}
 
 /// What the operator lends: `4GB` of the processor's memory, or `GPU-…=6GB`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,6 +121,7 @@ fn processor(config: &InventoryConfig, threads: u32) -> (Device, PathBuf) {
         memory_budget_bytes: budget(config, CPU, total / 100 * CPU_SHARE_PERCENT).min(total),
         threads,
         unusable: silent.or_else(missing),
+        speed: None,
     };
     (device, config.executor.clone())
 }
@@ -171,6 +147,7 @@ fn graphics_card(config: &InventoryConfig, gpu: &GpuFacts) -> (Device, PathBuf) 
         // The card computes; its executor feeds it.
         threads: 1,
         unusable,
+        speed: None,
     };
     (device, program.unwrap_or_else(|| config.executor.clone()))
 }

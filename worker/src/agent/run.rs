@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use protocol::control::{
-    ALPN_CONTROL, ALPN_PEER, Failure, FailureKind, Heartbeat, Hello, SeatAddress, StartSeat, ToCoordinator, Usage,
-    close,
+    ALPN_CONTROL, ALPN_PEER, Failure, FailureKind, Heartbeat, Hello, SeatAddress, StartSeat, Terms, ToCoordinator,
+    Usage, close,
 };
 use protocol::exec::{self, ModelFile, RunSeat, ToExecutor};
 use protocol::hardware::{Device, Telemetry};
@@ -322,6 +322,7 @@ impl Loop {
             held: self.agent.held(),
             peer_port: self.bound.port(),
             addresses: own_addresses(self.bound.ip()),
+            terms: Terms::default(),
         }
     }
 

@@ -40,7 +40,10 @@ pub fn run<W: Write>(order: &RunSeat, warm: &mut Warm, inbox: &Inbox, outbox: &O
     let desk = Desk { attempt: order.attempt, directory: PathBuf::from(&order.directory), inbox, outbox };
     let told = |error: ExperimentError| failure(&error);
     desk.progress(0, 0, "loading model").map_err(told)?;
-    let wanted = *order.spec.models().first().expect("every kind names a model");
+    let Some(wanted) = order.spec.models().first().copied() else {
+        let what = format!("a shard of kind {} needs no executor", order.spec.kind());
+        return Err(Failure::new(FailureKind::BadSpec, what));
+    };
     let Some(file) = order.models.iter().find(|file| file.name == wanted) else {
         return Err(Failure::new(FailureKind::ModelMissing, format!("model {wanted} was not handed over")));
     };

@@ -107,6 +107,7 @@ impl Lab {
             held: body.held,
             peer_port: 7000,
             addresses: vec!["10.0.0.7".to_owned()],
+            terms: Default::default(),
         };
         let observed = IpAddr::V4(Ipv4Addr::new(192, 168, 0, u8::try_from(worker.0).unwrap()));
         let connected = Connected { worker, session: body.session, spki_sha256: body.key, hello, observed };
@@ -254,7 +255,15 @@ pub(super) fn recovered(journal: &[Record], now: UnixMillis) -> Scheduler {
 }
 
 pub(super) fn new_run(priority: i32, specs: Vec<ShardSpec>) -> NewRun {
-    NewRun { name: "a sweep".into(), priority, seed: 42, file: "sweep.toml".into(), text: "name = 1".into(), specs }
+    NewRun {
+        name: "a sweep".into(),
+        priority,
+        seed: 42,
+        file: "sweep.toml".into(),
+        text: "name = 1".into(),
+        specs,
+        ..NewRun::default()
+    }
 }
 
 pub(super) fn shard(run: RunId, index: u32) -> ShardId {
@@ -304,5 +313,6 @@ pub(super) fn cpu(budget: u64) -> Device {
         memory_budget_bytes: budget,
         threads: 2,
         unusable: None,
+        speed: None,
     }
 }

@@ -252,6 +252,7 @@ impl World {
             held: body.held(),
             peer_port: 7000,
             addresses: Vec::new(),
+            terms: Default::default(),
         };
         let (session, spki_sha256) = (self.sessions, body.key);
         let observed = IpAddr::V4(Ipv4Addr::new(10, 0, 0, number));

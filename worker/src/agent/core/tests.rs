@@ -32,6 +32,7 @@ fn start(fence: u64, role: Role, seats: Vec<SeatAddress>) -> Input {
         role,
         device: cpu(),
         reserved_bytes: 1,
+        lane: 0,
         spec: ShardSpec::Inspect(spec),
         seats,
     }))

@@ -4,8 +4,11 @@
 //! name = "first-look"          # 1–100 characters
 //! seed = 42                    # default 0; every shard's randomness comes from it
 //! priority = 0                 # -100 to 100, higher first; default 0
+//! account = "alice"            # whose share it takes; default: everybody's
+//! running_max = 4              # shards at once; default 0: no limit
 //!
 //! [[experiment]]
+//! name = "look"                # for `after = ["look"]` of a later experiment; may be left out
 //! kind = "inspect"
 //! texts = 16
 //! [experiment.matrix]          # every combination of one value of each list
@@ -16,10 +19,14 @@
 //! Keys of each kind are documented at its `read_…` function; how a model is named, in [`crate::model_name`]. Does not check
 //! whether a model is present anywhere: the scheduler knows that, and says so in `explain`.
 
+pub mod command;
+mod group;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{SourceError, nearest};
 use crate::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
+use crate::group::Group;
 use crate::limits::{SHARDS_PER_RUN_MAX, SWEEP_BYTES_MAX};
 use crate::model_name::ModelName;
 use crate::source::{Source, TableReader, from_toml_text};
@@ -33,8 +40,14 @@ pub struct Sweep {
     pub seed: u64,
     /// Higher goes first, -100 to 100.
     pub priority: i32,
+    /// Whose share of the cluster it takes; empty: everybody's.
+    pub account: String,
+    /// Most of its shards that may run at once; 0: no limit.
+    pub running_max: u32,
     /// What is to be done, in the order of the text; at least one.
     pub shards: Vec<ShardSpec>,
+    /// Its experiments, in the order of the text.
+    pub groups: Vec<Group>,
 }
 
 impl Sweep {
@@ -60,6 +73,11 @@ impl Sweep {
             .ok()
             .filter(|priority| (-100..=100).contains(priority))
             .ok_or_else(|| root.complain("priority", "expected a whole number from -100 to 100"))?;
+        let account = root.optional::<String>("account")?.unwrap_or_default();
+        if account.chars().count() > 100 || account.chars().any(char::is_control) {
+            return Err(root.complain("account", "expected at most 100 printable characters"));
+        }
+        let running_max = small(&mut root, "running_max", 0, 100_000, 0)?;
         let experiments = root.tables("experiment")?;
         if experiments.is_empty() {
             return Err(root
@@ -67,15 +85,19 @@ impl Sweep {
                 .hint("see examples/first-look.toml"));
         }
         root.finish()?;
-        let mut shards = Vec::new();
-        for experiment in experiments {
+        let (mut shards, mut groups) = (Vec::new(), Vec::new());
+        for mut experiment in experiments {
+            let first = u32::try_from(shards.len()).unwrap_or(u32::MAX);
+            let mut group = group::read(&mut experiment, &groups, first)?;
             shards.extend(read_experiment(experiment, seed)?);
+            group.count = u32::try_from(shards.len()).unwrap_or(u32::MAX).saturating_sub(first);
+            groups.push(group);
             if shards.len() > SHARDS_PER_RUN_MAX {
                 let message = format!("the matrix has over {SHARDS_PER_RUN_MAX} shards");
                 return Err(SourceError::whole(file, message).hint("split it into several sweeps"));
             }
         }
-        Ok(Self { name, seed, priority, shards })
+        Ok(Self { name, seed, priority, account, running_max, shards, groups })
     }
 }
 
@@ -91,8 +113,10 @@ fn read_experiment(mut experiment: TableReader<'_>, seed: u64) -> Result<Vec<Sha
         match kind.as_str() {
             "inspect" => shards.push(read_inspect(&mut cell, seed)?),
             "transfer" => shards.extend(read_transfer(&mut cell, seed)?),
+            "command" => shards.push(command::read(&mut cell)?),
+            "no-op" => shards.extend(command::read_no_op(&mut cell)?),
             _ => {
-                let known = ["inspect", "transfer"];
+                let known = ["inspect", "transfer", "command", "no-op"];
                 let error =
                     cell.complain("kind", format!("unknown kind `{kind}`; expected one of {}", known.join(", ")));
                 return Err(match nearest(&kind, known) {

@@ -155,7 +155,12 @@ impl Coordinator {
         let store_threads = StoreThreads::start().map_err(prepare("threads for the store"))?;
         let (journal, store) = open_journal_and_store(config, &store_threads).await?;
         let journal = JournalThread::start(Box::new(journal)).map_err(prepare("a thread for the journal"))?;
-        let settings = Settings { lease_ttl_ms: config.lease_ttl_ms, attempts_max: config.attempts_max };
+        let settings = Settings {
+            lease_ttl_ms: config.lease_ttl_ms,
+            attempts_max: config.attempts_max,
+            weights: config.weights.clone(),
+            ..Settings::default()
+        };
         let (driver, driver_task) = driver::start(DriverParts {
             journal,
             settings,

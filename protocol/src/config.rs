@@ -2,6 +2,7 @@
 //!
 //! Every key has a default but `cluster.name`; `cluster.toml.example` at the root shows them all.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::error::SourceError;
@@ -31,6 +32,8 @@ pub struct ClusterConfig {
     pub lease_ttl_ms: u64,
     /// `scheduling.attempts_max`: tries of a shard before it fails for good; 1–100.
     pub attempts_max: u32,
+    /// `[accounts]`: shares of the cluster by account, 1 to 1000; who is not named has 1.
+    pub weights: BTreeMap<String, u32>,
 }
 
 impl ClusterConfig {
@@ -62,6 +65,7 @@ impl ClusterConfig {
             store_path: directory.join("store"),
             lease_ttl_ms: limits::LEASE_TTL_MS,
             attempts_max: limits::ATTEMPTS_PER_SHARD_MAX,
+            weights: BTreeMap::new(),
         };
         if let Some(mut coordinator) = root.table("coordinator")? {
             config.read_coordinator(&mut coordinator, directory)?;
@@ -81,6 +85,14 @@ impl ClusterConfig {
             let attempts = scheduling.number("attempts_max", 1..=100, Some(u64::from(config.attempts_max)))?;
             config.attempts_max = u32::try_from(attempts).expect("the range ends at 100");
             scheduling.finish()?;
+        }
+        if let Some(mut accounts) = root.table("accounts")? {
+            for name in accounts.keys() {
+                let weight = accounts.plain(name)?.unwrap_or_default();
+                let weight = weight.parse().ok().filter(|weight| (1..=1000).contains(weight));
+                let weight = weight.ok_or_else(|| accounts.complain(name, "expected a whole number from 1 to 1000"))?;
+                config.weights.insert(name.to_owned(), weight);
+            }
         }
         root.finish()?;
         Ok(config)
@@ -149,7 +161,7 @@ mod tests {
         );
         assert_eq!(
             complaint("[cluster]\nname = \"lab\"\n[sheduling]\n"),
-            "cluster.toml:3:2: key \"sheduling\": unknown key; expected one of cluster, coordinator, store, scheduling"
+            "cluster.toml:3:2: key \"sheduling\": unknown key; expected one of cluster, coordinator, store, scheduling, accounts"
         );
         assert!(complaint("").contains("missing; expected a table [cluster]"));
         assert!(complaint("[cluster]\nname = \"lab\"\n[scheduling]\nlease_ttl_ms = 10\n").contains("5000 to 3600000"));

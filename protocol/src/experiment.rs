@@ -131,7 +131,7 @@ pub struct NoOpSpec {
 }
 
 /// Where the seats of a shard may sit relative to each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Spread {
     /// The scheduler chooses.

@@ -73,6 +73,13 @@ pub struct Speed {
     pub memory_bytes_per_second: u64,
 }
 
+impl Speed {
+    /// Products of matrices, millions of operations a second.
+    pub fn mflops(self) -> u64 {
+        self.f32_mflops
+    }
+}
+
 /// What changes about a device, sent with each heartbeat. A field that card or driver does not support is `None`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Telemetry {

@@ -225,7 +225,7 @@ impl Driver {
         }
         let now = clock::now();
         scheduler.start(now);
-        scheduler.handle(now, Input::Configure(self.parts.settings)).expect("settings are never refused");
+        scheduler.handle(now, Input::Configure(self.parts.settings.clone())).expect("settings are never refused");
         self.scheduler = scheduler;
         self.manifests.check_all(self.scheduler.state());
         self.parts.journal.append(self.scheduler.take_events()).await?;

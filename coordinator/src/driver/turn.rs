@@ -86,6 +86,7 @@ impl From<Rejection> for ApiError {
             | Rejection::TokenRevoked(_)
             | Rejection::WorkerRevoked(_)
             | Rejection::SessionOld { .. }
+            | Rejection::NotQuarantined(_)
             | Rejection::RunOver { .. }
             | Rejection::NothingFailed(_) => ErrorCode::Conflict,
         };

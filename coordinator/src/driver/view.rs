@@ -14,7 +14,7 @@ use crate::api::{
     ApiError, ClusterInfo, DeviceReason, DeviceRow, ErrorCode, Explanation, FailureRow, OutputRow, Progress, RunDetail,
     RunResults, RunSummary, SeatResult, SeatRow, ShardCounts, ShardResults, ShardRow, TokenRow, WorkerRow, WorkerSeat,
 };
-use crate::scheduler::placement::Board;
+use crate::scheduler::board::Row;
 use crate::scheduler::reason::Rated;
 use crate::scheduler::state::{Attempt, Run, Seat, Shard, Token, Worker};
 use crate::scheduler::{Scheduler, ShardState};
@@ -272,16 +272,14 @@ impl View<'_> {
 /// Workers, tokens, the cluster.
 impl View<'_> {
     pub(super) fn workers(&self) -> Vec<WorkerRow> {
-        let board = Board::survey(self.scheduler.state(), self.scheduler.live(), self.scheduler.now());
         let workers = &self.scheduler.state().workers;
-        workers.iter().map(|(id, worker)| self.worker_row(*id, worker, &board)).collect()
+        workers.iter().map(|(id, worker)| self.worker_row(*id, worker)).collect()
     }
 
     pub(super) fn worker(&self, id: WorkerId) -> Result<WorkerRow, ApiError> {
         let worker = self.scheduler.state().workers.get(&id);
         let worker = worker.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no worker {id}")))?;
-        let board = Board::survey(self.scheduler.state(), self.scheduler.live(), self.scheduler.now());
-        Ok(self.worker_row(id, worker, &board))
+        Ok(self.worker_row(id, worker))
     }
 
     pub(super) fn tokens(&self) -> Vec<TokenRow> {
@@ -307,7 +305,7 @@ impl View<'_> {
         }
     }
 
-    fn worker_row(&self, id: WorkerId, worker: &Worker, board: &Board<'_>) -> WorkerRow {
+    fn worker_row(&self, id: WorkerId, worker: &Worker) -> WorkerRow {
         let live = self.scheduler.live();
         let session = live.sessions.get(&id);
         let seats = self.scheduler.state().unfinished_seats().filter(|(_, seat)| seat.device.worker == id);
@@ -325,7 +323,10 @@ impl View<'_> {
                 compute_capability: device.compute_capability.map(|capability| capability.to_string()),
                 memory_total_bytes: device.memory_total_bytes,
                 memory_budget_bytes: device.memory_budget_bytes,
-                memory_reserved_bytes: board.reserved_bytes(&DeviceRef { worker: id, device: device.id.clone() }),
+                memory_reserved_bytes: live
+                    .board
+                    .find(&DeviceRef { worker: id, device: device.id.clone() })
+                    .map_or(0, Row::reserved_bytes),
                 memory_free_bytes: telemetry.map(|telemetry| telemetry.memory_free_bytes),
                 utilisation_percent: telemetry.and_then(|telemetry| telemetry.utilisation_percent),
                 temperature_celsius: telemetry.and_then(|telemetry| telemetry.temperature_celsius),

@@ -8,6 +8,7 @@ use protocol::ids::{AttemptId, Role, RunId, ShardId, TokenId, WorkerId};
 use protocol::model_name::is_path;
 
 use super::event::{AttemptPlaced, Event, PlacedSeat, Record, Report, RunAccepted, SeatCompleted, TokenCreated};
+use super::request::seat_class;
 use super::state::{Attempt, AttemptState, Outcome, Run, Seat, Shard, State, Token, Worker};
 use super::status::{RunState, ShardState};
 
@@ -48,7 +49,7 @@ impl State {
     fn change(&mut self, record: &Record) -> Result<(), Misfit> {
         match &record.event {
             Event::SettingsChanged(settings) => {
-                self.settings = *settings;
+                self.settings.clone_from(settings);
                 Ok(())
             }
             Event::TokenCreated(created) => self.token_created(created, record),
@@ -62,6 +63,28 @@ impl State {
                 self.worker_mut(*worker)?.missing_models.insert(model.clone());
                 Ok(())
             }
+            Event::KernelFoundMissing { class, device_model, build } => {
+                self.kernels_missing.insert((class.clone(), device_model.clone(), build.clone()));
+                Ok(())
+            }
+            Event::DeviceQuarantined { device, until, why } => {
+                let known = self.records.entry(device.to_string()).or_default();
+                known.failed.clear();
+                known.quarantined_until = Some(*until);
+                known.quarantines = known.quarantines.saturating_add(1);
+                known.why.clone_from(why);
+                Ok(())
+            }
+            Event::DeviceReleased { device } => {
+                self.records.remove(&device.to_string());
+                Ok(())
+            }
+            Event::ThroughputTaught { rows } => {
+                for (class, model, unit_us, samples) in rows {
+                    self.table.teach(class, model, *unit_us, *samples);
+                }
+                Ok(())
+            }
             Event::DrainStarted { worker } => self.worker_mut(*worker).map(|worker| worker.draining = true),
             Event::DrainEnded { worker } => self.worker_mut(*worker).map(|worker| worker.draining = false),
             Event::WorkerRevoked { worker } => self.worker_mut(*worker).map(|worker| worker.revoked = true),
@@ -71,6 +94,7 @@ impl State {
             Event::SeatCompleted(completed) => self.seat_completed(completed, record),
             Event::ShardCommitted { attempt } => self.shard_committed(*attempt, record),
             Event::AttemptFailed { attempt, role, failure } => {
+                self.learn_from_failure(*attempt, *role, failure.kind);
                 let state = AttemptState::Failed { role: *role, failure: failure.clone() };
                 self.attempt_failed(*attempt, state, self.retry_after(attempt.shard, failure.kind), record)
             }
@@ -165,13 +189,13 @@ impl State {
             reopened_at_attempt: 0,
             attempts: Vec::new(),
         };
+        let groups = groups(accepted, count)?;
         let run = Run {
             name: accepted.name.clone(),
             priority: accepted.priority,
             seed: accepted.seed,
             account: accepted.account.clone(),
             running_max: accepted.running_max,
-            groups: groups(accepted, count)?,
             file: accepted.file.clone(),
             text: accepted.text.clone(),
             submitted_at: record.at,
@@ -181,6 +205,8 @@ impl State {
             shards: accepted.specs.iter().map(shard).collect(),
             waiting: (0..count).collect(),
             running: Default::default(),
+            uncommitted: groups.iter().map(|group| group.count).collect(),
+            groups,
         };
         self.runs.insert(accepted.run, run);
         Ok(())
@@ -200,13 +226,18 @@ impl State {
                 device_kind: device.kind,
                 reserved_bytes: seat.reserved_bytes,
                 lane: seat.lane,
+                expected_ms: seat.expected_ms,
                 freed: false,
                 outcome: None,
             })
         };
         let seats = placed.seats.iter().map(seat).collect::<Result<Vec<_>, _>>()?;
         let shard = self.shard_mut(id.shard)?;
-        expect(shard, id.shard, ShardState::Waiting)?;
+        match (placed.speculative, shard.open_attempts().count()) {
+            (false, 0) => expect(shard, id.shard, ShardState::Waiting)?,
+            (true, 1) => expect(shard, id.shard, ShardState::Running)?,
+            (_, open) => return Err(format!("{} has {open} open attempts", id.shard)),
+        }
         if !placed.seats.iter().map(|seat| seat.role).eq(shard.spec.roles().iter().copied()) {
             return Err(format!("seats are not those of {}", id.shard));
         }
@@ -235,10 +266,13 @@ impl State {
     fn seat_completed(&mut self, completed: &SeatCompleted, record: &Record) -> Result<(), Misfit> {
         let (id, role) = (completed.attempt, completed.role);
         self.open_attempt_mut(id)?;
+        let shard = self.shard_mut(id.shard)?;
+        let (class, units) = (seat_class(&shard.spec.work_class(), role), shard.spec.work_units());
         let seat = self.seat_mut(id, role)?;
         if seat.outcome.is_some() {
             return Err(format!("seat {role} of {id} is done already"));
         }
+        let (model, device) = (seat.device_model.clone(), seat.device.clone());
         seat.outcome = Some(Outcome {
             outputs: completed.outputs.clone(),
             usage: completed.usage,
@@ -246,6 +280,15 @@ impl State {
             build: completed.build.clone(),
             at: record.at,
         });
+        // A clock in milliseconds says 0 for what took less than one.
+        let wall_us = (completed.usage.wall_ms * 1000).max(500);
+        self.table.learn(&class, &model, units, wall_us);
+        if completed.usage.memory_peak_bytes > 0 {
+            self.peaks.entry(class).or_default().saw(completed.usage.memory_peak_bytes);
+        }
+        if !self.records.is_empty() {
+            self.records.remove(&device.to_string());
+        }
         Ok(())
     }
 
@@ -256,6 +299,14 @@ impl State {
         }
         attempt.state = AttemptState::Committed;
         attempt.ended_at = Some(record.at);
+        for other in self.shard_mut(id.shard)?.attempts.iter_mut().filter(|other| other.state == AttemptState::Open) {
+            other.state = AttemptState::Superseded;
+            other.ended_at = Some(record.at);
+        }
+        let run = self.run_mut(id.shard.run)?;
+        if let Some(left) = run.group_index(id.shard.index).and_then(|group| run.uncommitted.get_mut(group)) {
+            *left = left.saturating_sub(1);
+        }
         self.set_state(id.shard, ShardState::Committed)
     }
 
@@ -280,10 +331,27 @@ impl State {
         attempt.ended_at = Some(record.at);
         let shard = self.shard_mut(id.shard)?;
         match retry {
+            // The other attempt goes on: nothing is lost.
+            _ if shard.open_attempt().is_some() => {}
             Retry::Free => shard.free_retries += 1,
             Retry::Elsewhere | Retry::Never => shard.tries += 1,
         }
         Ok(())
+    }
+
+    /// What a failure says about memory and about the device.
+    fn learn_from_failure(&mut self, id: AttemptId, role: Role, kind: FailureKind) {
+        let Some(shard) = self.shard(id.shard) else { return };
+        let Some(seat) = self.attempt(id).and_then(|attempt| attempt.seat(role)) else { return };
+        let class = seat_class(&shard.spec.work_class(), role);
+        let (device, reserved_bytes) = (seat.device.to_string(), seat.reserved_bytes);
+        match kind {
+            FailureKind::OutOfMemory => self.peaks.entry(class).or_default().overflowed(reserved_bytes),
+            FailureKind::ExecutorLost | FailureKind::Internal | FailureKind::DeviceSick | FailureKind::NoKernel => {
+                self.records.entry(device).or_default().failed.insert(id.shard);
+            }
+            _ => {}
+        }
     }
 
     fn attempt_resumed(&mut self, id: AttemptId) -> Result<(), Misfit> {
@@ -330,7 +398,7 @@ impl State {
             return Err(format!("run {id} is {}", run.state));
         }
         for shard in run.shards.iter_mut().filter(|shard| !shard.state.is_terminal()) {
-            if let Some(attempt) = shard.attempts.last_mut().filter(|attempt| attempt.state == AttemptState::Open) {
+            for attempt in shard.attempts.iter_mut().filter(|attempt| attempt.state == AttemptState::Open) {
                 attempt.state = AttemptState::Cancelled;
                 attempt.ended_at = Some(record.at);
             }
@@ -382,10 +450,10 @@ impl State {
     }
 
     fn open_attempt_mut(&mut self, id: AttemptId) -> Result<&mut Attempt, Misfit> {
-        let newest = self.shard_mut(id.shard)?.attempts.last_mut();
-        newest
-            .filter(|attempt| attempt.fence == id.fence && attempt.state == AttemptState::Open)
-            .ok_or_else(|| format!("attempt {id} is not the shard's open one"))
+        let mut newest_first = self.shard_mut(id.shard)?.attempts.iter_mut().rev();
+        newest_first
+            .find(|attempt| attempt.fence == id.fence && attempt.state == AttemptState::Open)
+            .ok_or_else(|| format!("attempt {id} is not open"))
     }
 
     fn seat_mut(&mut self, id: AttemptId, role: Role) -> Result<&mut Seat, Misfit> {
@@ -396,13 +464,23 @@ impl State {
             .ok_or_else(|| format!("no seat {role} of {id}"))
     }
 
-    /// A shard whose newest attempt has just failed and that has not yet been sent anywhere.
+    /// A shard whose newest attempt has just failed and that has not yet been sent anywhere, or that waits for an experiment
+    /// that will not commit.
     fn between_attempts(&mut self, id: ShardId) -> Result<&mut Shard, Misfit> {
+        let blocked =
+            self.run_mut(id.run)?.group_index(id.index).is_some_and(|group| !self.runs[&id.run].is_ready(group));
         let shard = self.shard_mut(id)?;
+        if blocked && shard.state == ShardState::Waiting {
+            return Ok(shard);
+        }
         expect(shard, id, ShardState::Running)?;
+        if shard.open_attempt().is_some() {
+            return Err(format!("{id} has an open attempt"));
+        }
         match shard.newest().map(|attempt| &attempt.state) {
             Some(AttemptState::Failed { .. }) => Ok(shard),
-            _ => Err(format!("the newest attempt of {id} has not failed")),
+            _ if shard.attempts.iter().any(|attempt| matches!(attempt.state, AttemptState::Failed { .. })) => Ok(shard),
+            _ => Err(format!("no attempt of {id} has failed")),
         }
     }
 

@@ -14,6 +14,11 @@ pub const UNKNOWN_MODEL_BYTES: u64 = 4_000_000_000;
 
 /// Memory to set aside for a seat, bytes.
 pub fn seat_bytes(spec: &ShardSpec, _role: Role) -> u64 {
+    match spec {
+        ShardSpec::Command(spec) => return spec.memory_bytes,
+        ShardSpec::NoOp(_) => return 0,
+        ShardSpec::Inspect(_) | ShardSpec::Transfer(_) => {}
+    }
     let resident = |name: &&str| catalogue::model(name).map_or(UNKNOWN_MODEL_BYTES, |model| model.resident_bytes);
     spec.models().iter().map(resident).fold(WORKING_MARGIN_BYTES, u64::saturating_add)
 }

@@ -3,6 +3,8 @@
 //! Events are facts and are applied as they stand: nothing is decided here or in `apply.rs`. `docs/journal.md` has the
 //! table. Additive: a variant is never renamed; a new field has a `#[serde(default)]`.
 
+use std::collections::BTreeMap;
+
 use protocol::control::{Failure, Output, Terms, Usage};
 use protocol::experiment::ShardSpec;
 use protocol::group::Group;
@@ -70,6 +72,34 @@ pub enum Event {
         worker: WorkerId,
         /// Catalogue name.
         model: String,
+    },
+    /// An attempt failed because a worker's build has no kernel for a device model, for a class of work.
+    KernelFoundMissing {
+        /// Work class.
+        class: String,
+        /// The device's product name.
+        device_model: String,
+        /// The worker's build.
+        build: String,
+    },
+    /// A device failed too often in a row, or said that it is sick: it gets nothing for a while.
+    DeviceQuarantined {
+        /// The device.
+        device: DeviceRef,
+        /// Until when.
+        until: UnixMillis,
+        /// Why, for people.
+        why: String,
+    },
+    /// A device's quarantine was ended by hand.
+    DeviceReleased {
+        /// The device.
+        device: DeviceRef,
+    },
+    /// Someone taught the throughput table what was measured elsewhere.
+    ThroughputTaught {
+        /// Rows: class, device model, microseconds a unit, samples that stand behind it.
+        rows: Vec<(String, String, u64, u32)>,
     },
     /// A worker gets no new work.
     DrainStarted {
@@ -162,6 +192,10 @@ impl Event {
             Self::WorkerRegistered { .. } => "WorkerRegistered",
             Self::DevicesReported { .. } => "DevicesReported",
             Self::ModelFoundMissing { .. } => "ModelFoundMissing",
+            Self::KernelFoundMissing { .. } => "KernelFoundMissing",
+            Self::DeviceQuarantined { .. } => "DeviceQuarantined",
+            Self::DeviceReleased { .. } => "DeviceReleased",
+            Self::ThroughputTaught { .. } => "ThroughputTaught",
             Self::DrainStarted { .. } => "DrainStarted",
             Self::DrainEnded { .. } => "DrainEnded",
             Self::WorkerRevoked { .. } => "WorkerRevoked",
@@ -182,17 +216,59 @@ impl Event {
 }
 
 /// What the operator set about scheduling.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
     /// An attempt whose worker is silent for this long is given up, milliseconds.
     pub lease_ttl_ms: u64,
     /// Tries of a shard before it fails for good.
     pub attempts_max: u32,
+    /// How devices are chosen.
+    #[serde(default)]
+    pub policy: Policy,
+    /// Shares of accounts; 1 for those that are not named.
+    #[serde(default)]
+    pub weights: BTreeMap<String, u32>,
+}
+
+/// How devices are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// Earliest predicted finish, by the throughput table.
+    #[default]
+    EarliestFinish,
+    /// The same with one speed a device model, for comparison.
+    SpeedFactor,
+    /// The first device that is idle, for comparison: what counting GPUs comes to.
+    FirstIdle,
+    /// The fastest device that is idle, by one speed a device model, for comparison.
+    FastestIdle,
+}
+
+impl Policy {
+    /// Every policy.
+    pub const ALL: [Self; 4] = [Self::EarliestFinish, Self::SpeedFactor, Self::FirstIdle, Self::FastestIdle];
+}
+
+impl std::fmt::Display for Policy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::EarliestFinish => "earliest-finish",
+            Self::SpeedFactor => "speed-factor",
+            Self::FirstIdle => "first-idle",
+            Self::FastestIdle => "fastest-idle",
+        })
+    }
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { lease_ttl_ms: protocol::limits::LEASE_TTL_MS, attempts_max: protocol::limits::ATTEMPTS_PER_SHARD_MAX }
+        Self {
+            lease_ttl_ms: protocol::limits::LEASE_TTL_MS,
+            attempts_max: protocol::limits::ATTEMPTS_PER_SHARD_MAX,
+            policy: Policy::default(),
+            weights: BTreeMap::new(),
+        }
     }
 }
 
@@ -263,6 +339,9 @@ pub struct AttemptPlaced {
     pub attempt: AttemptId,
     /// Its seats, in the order of the spec's roles.
     pub seats: Vec<PlacedSeat>,
+    /// It runs beside an older attempt that takes longer than expected: the first to finish counts.
+    #[serde(default)]
+    pub speculative: bool,
     /// Why these devices and not others, at most [`super::placement::REASONS_PER_PLACEMENT_MAX`] of them.
     pub reasons: Vec<Rated>,
 }
@@ -279,6 +358,9 @@ pub struct PlacedSeat {
     /// Seats of one device in one lane run one after another.
     #[serde(default)]
     pub lane: u32,
+    /// How long it is expected to take, milliseconds; 0: not known.
+    #[serde(default)]
+    pub expected_ms: u64,
 }
 
 /// A seat's part is done.

@@ -10,10 +10,12 @@ use protocol::ids::{AttemptId, ShardId, WorkerId};
 use protocol::model_name::ModelName;
 
 use super::machine::Scheduler;
-use super::placement::{Board, Need, World};
+use super::placement::Round;
 use super::reason::{Bytes, Rated, Reason};
+use super::request::{Place, Request, failures};
 use super::state::{Attempt, AttemptState, Shard};
 use super::status::{ShardState, Verdict};
+use super::view::{View, World};
 
 /// Devices named in a sentence; the rest are counted.
 const DEVICES_NAMED_MAX: usize = 4;
@@ -63,10 +65,14 @@ impl Scheduler {
     }
 
     fn waiting(&self, id: ShardId, shard: &Shard) -> (String, Vec<Rated>) {
-        let board = Board::survey(&self.state, &self.live, self.now);
-        let need = Need::of(id, shard);
-        let devices = board.rate(&need, World::Now);
-        let wants = need_in_words(&need);
+        let view = View { state: &self.state, live: &self.live, now: self.now };
+        let Some(run) = self.state.runs.get(&id.run) else { return (String::new(), Vec::new()) };
+        let request = Request::of(run, id.index, shard);
+        let devices = self.rate_all(id, shard, &request);
+        let wants = need_in_words(view, &request);
+        if let Some(sentence) = self.waits_for_others(id) {
+            return (sentence, devices);
+        }
         if devices.is_empty() {
             let sentence = format!(
                 "waits: {wants}; no worker has connected yet: make a token with `bonepile token create`, then \
@@ -74,12 +80,14 @@ impl Scheduler {
             );
             return (sentence, devices);
         }
-        let mut sentence = if !board.could_place(&need, World::Someday) {
-            format!("cannot run as things are: {wants}; {}; {}", qualifying(&devices), change(&need, &devices))
+        let mut sentence = if !Round::could_place(view, &request, World::Someday) {
+            format!("cannot run as things are: {wants}; {}; {}", qualifying(&devices), change(&request, &devices))
         } else if shard.not_before > self.now {
             let seconds = shard.not_before.since_ms(self.now).div_ceil(1000);
             format!("waits: tries again in {seconds} s, after a pause because it just failed")
-        } else if board.could_place(&need, World::Now) {
+        } else if let Some(better) = Round::awaited(view, &request) {
+            format!("waits for {better}, where it is expected to end earlier than on what is free now")
+        } else if Round::could_place(view, &request, World::Now) {
             "waits: may start at once, is next to be placed".to_owned()
         } else {
             format!("waits: {wants}; {}; {}", qualifying(&devices), soon(&devices))
@@ -88,6 +96,47 @@ impl Scheduler {
             sentence += &format!(" (last try {}: {failure})", AttemptId { shard: id, fence });
         }
         (sentence, devices)
+    }
+}
+
+impl Scheduler {
+    /// Every device's reason for a shard, in the order of [`protocol::ids::DeviceRef`].
+    fn rate_all(&self, id: ShardId, shard: &Shard, request: &Request) -> Vec<Rated> {
+        let view = View { state: &self.state, live: &self.live, now: self.now };
+        let failed = failures(id, shard);
+        // The largest seat has it hardest.
+        let Some(seat) = request.seats.iter().max_by_key(|seat| view.need_bytes(request, seat)) else {
+            return Vec::new();
+        };
+        let rated = |row: &super::board::Row| {
+            let reason = view.rate(row, request, seat, World::Now);
+            let here = || {
+                let at_device = failed.get(&Place::Device(row.device.clone()));
+                at_device.or_else(|| failed.get(&Place::Worker(row.device.worker))).copied()
+            };
+            let reason = match reason {
+                Reason::Fits { .. } => here().map_or(reason, |attempt| Reason::FailedHere { attempt }),
+                other => other,
+            };
+            Rated { device: row.device.clone(), reason }
+        };
+        let mut devices: Vec<_> = self.live.board.rows().map(|(_, row)| rated(row)).collect();
+        devices.sort_by(|a, b| a.device.cmp(&b.device));
+        devices
+    }
+
+    /// Why a shard is not even asked for a device: its experiment's turn has not come, or its run has enough running.
+    fn waits_for_others(&self, id: ShardId) -> Option<String> {
+        let run = self.state.runs.get(&id.run)?;
+        let group = run.group_of(id.index)?;
+        let pending =
+            group.after.iter().find(|earlier| run.uncommitted.get(**earlier as usize).is_some_and(|left| *left > 0));
+        if let Some(earlier) = pending {
+            let (name, left) = (&run.groups[*earlier as usize].name, run.uncommitted[*earlier as usize]);
+            return Some(format!("waits for experiment `{name}`, of which {left} shards have not committed"));
+        }
+        let capped = run.running_max > 0 && run.running.len() >= run.running_max as usize;
+        capped.then(|| format!("waits: its run may have {} shards running (running_max), and has", run.running_max))
     }
 }
 
@@ -100,7 +149,9 @@ fn committed(id: ShardId, shard: &Shard) -> String {
 
 fn failed(shard: &Shard) -> String {
     let tries = shard.attempts.iter().filter(|attempt| matches!(attempt.state, AttemptState::Failed { .. })).count();
-    let Some((_, failure, _)) = shard.last_failure() else { return "failed".to_owned() };
+    let Some((_, failure, _)) = shard.last_failure() else {
+        return "failed: an experiment that it waits for has failed; `bonepile retry` tries both again".to_owned();
+    };
     let times = if tries == 1 { "1 try".to_owned() } else { format!("{tries} tries") };
     let hint = if failure.hint.is_empty() { String::new() } else { format!("; {}", failure.hint) };
     let again = match failure.kind {
@@ -119,15 +170,18 @@ fn seats_in_words(attempt: &Attempt) -> String {
     seats.join(", ")
 }
 
-fn need_in_words(need: &Need<'_>) -> String {
-    let places = match (need.seats.len(), need.spread) {
+fn need_in_words(view: View<'_>, request: &Request) -> String {
+    let places = match (request.seats.len(), request.spread) {
         (0 | 1, _) => "a device".to_owned(),
         (seats, Spread::Any) => format!("devices for {seats} seats at once"),
         (seats, Spread::Devices) => format!("{seats} devices at once"),
         (seats, Spread::Workers) => format!("{seats} workers at once"),
     };
-    let each = if need.seats.len() > 1 { " each" } else { "" };
-    format!("needs {}{each} on {places} with {}", Bytes(need.bytes_max()), need.models.join(" and "))
+    let each = if request.is_gang() { " each" } else { "" };
+    let bytes = request.seats.iter().map(|seat| view.need_bytes(request, seat)).max().unwrap_or(0);
+    let with =
+        if request.models.is_empty() { String::new() } else { format!(" with {}", request.models.join(" and ")) };
+    format!("needs {}{each} on {places}{with}", Bytes(bytes))
 }
 
 /// `only w1/cpu qualifies: w2/cpu: its worker lacks …`.
@@ -149,7 +203,7 @@ fn qualifying(devices: &[Rated]) -> String {
 }
 
 /// What a person would have to change, since waiting does not help.
-fn change(need: &Need<'_>, devices: &[Rated]) -> String {
+fn change(request: &Request, devices: &[Rated]) -> String {
     let mut ways = BTreeSet::new();
     for rated in devices {
         match &rated.reason {
@@ -162,15 +216,27 @@ fn change(need: &Need<'_>, devices: &[Rated]) -> String {
             Reason::BudgetTooSmall { need_bytes, .. } => {
                 ways.insert(format!("raise a device's budget to {}", Bytes(*need_bytes)))
             }
+            Reason::CommandsForbidden => {
+                ways.insert("let a worker run commands (`bonepile-worker run --allow-commands`)".to_owned())
+            }
+            Reason::LabelAbsent { label } => {
+                ways.insert(format!("give a worker the label {label} (`--label {label}`)"))
+            }
+            Reason::PriceHigh { price_microusd_per_hour, .. } => {
+                ways.insert(format!("pay {} an hour", super::reason::Dollars(*price_microusd_per_hour)))
+            }
+            Reason::NoKernel | Reason::Unusable { .. } => {
+                ways.insert("install an executor build for the card (`make build CUDA=…`)".to_owned())
+            }
             _ => continue,
         };
     }
-    let apart = need.spread == Spread::Workers && need.seats.len() > 1;
+    let apart = request.spread == Spread::Workers && request.is_gang();
     ways.insert(if apart { "join another worker" } else { "join a worker that has model and memory" }.to_owned());
-    if need.spread != Spread::Any && need.seats.len() > 1 {
+    if request.spread != Spread::Any && request.is_gang() {
         ways.insert(format!(
             "submit with spread = \"{}\"",
-            if need.spread == Spread::Workers { "devices" } else { "any" }
+            if request.spread == Spread::Workers { "devices" } else { "any" }
         ));
     }
     format!("it can if you {}", ways.into_iter().collect::<Vec<_>>().join(" or "))

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use protocol::control::{Heartbeat, Hello, SeatFailed, SeatFinished, ToWorker};
 use protocol::experiment::ShardSpec;
 use protocol::group::Group;
-use protocol::ids::{AttemptId, RunId, TokenId, WorkerId};
+use protocol::ids::{AttemptId, DeviceRef, RunId, TokenId, WorkerId};
 
 use super::event::Settings;
 use super::status::RunState;
@@ -96,6 +96,10 @@ pub enum Input {
     },
     /// Refuse a worker's certificate from now on.
     RevokeWorker(WorkerId),
+    /// End a device's quarantine.
+    ReleaseDevice(DeviceRef),
+    /// Take over throughput that was measured elsewhere: class, device model, microseconds a unit, samples.
+    TeachThroughput(Vec<(String, String, u64, u32)>),
 }
 
 /// A worker's session began.
@@ -192,6 +196,9 @@ pub enum Rejection {
     /// No such run.
     #[error("no run {0}")]
     RunUnknown(RunId),
+    /// The device is not in quarantine.
+    #[error("device {0} is not in quarantine")]
+    NotQuarantined(DeviceRef),
     /// The run is not in a state that allows this.
     #[error("run {run} is {state}")]
     RunOver {

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use protocol::ids::{AttemptId, DeviceRef, RunId, ShardId};
 
 use super::live::Live;
-use super::state::{AttemptState, Run, Shard, State};
+use super::state::{AttemptState, Run, State};
 use super::status::{RunState, ShardState};
 use super::timer::Timer;
 
@@ -40,12 +40,14 @@ pub fn every_shard_is_in_one_state(state: &State) -> Result<(), Broken> {
     for (id, run) in &state.runs {
         for (index, shard) in (0u32..).zip(&run.shards) {
             let newest = shard.newest().map(|attempt| &attempt.state);
+            let has = |wanted: AttemptState| shard.attempts.iter().any(|attempt| attempt.state == wanted);
+            let open = shard.open_attempts().count();
             let agrees = match shard.state {
-                ShardState::Waiting => matches!(newest, None | Some(AttemptState::Failed { .. })),
-                ShardState::Running => matches!(newest, Some(AttemptState::Open)),
-                ShardState::Committed => matches!(newest, Some(AttemptState::Committed)),
-                ShardState::Failed => matches!(newest, Some(AttemptState::Failed { .. })),
-                ShardState::Cancelled => !matches!(newest, Some(AttemptState::Open | AttemptState::Committed)),
+                ShardState::Waiting | ShardState::Failed | ShardState::Cancelled => {
+                    open == 0 && !has(AttemptState::Committed)
+                }
+                ShardState::Running => (1..=2).contains(&open) && !has(AttemptState::Committed),
+                ShardState::Committed => open == 0 && has(AttemptState::Committed),
             };
             let listed = (run.waiting.contains(&index), run.running.contains(&index));
             if !agrees || listed != (shard.state == ShardState::Waiting, shard.state == ShardState::Running) {
@@ -63,7 +65,7 @@ pub fn every_shard_is_in_one_state(state: &State) -> Result<(), Broken> {
     Ok(())
 }
 
-/// Invariant 2: fencing numbers grow, only the newest attempt of a shard is open or committed, and at most one is.
+/// Invariant 2: fencing numbers grow, at most one attempt of a shard has committed, and none is open beside it.
 pub fn at_most_one_attempt_commits(state: &State) -> Result<(), Broken> {
     let broken = |detail| Broken { name: "at_most_one_attempt_commits", detail };
     let shards = state
@@ -71,12 +73,10 @@ pub fn at_most_one_attempt_commits(state: &State) -> Result<(), Broken> {
         .iter()
         .flat_map(|(run, body)| (0u32..).zip(&body.shards).map(|(index, shard)| (ShardId { run: *run, index }, shard)));
     for (id, shard) in shards {
-        let live_older = |shard: &Shard| {
-            let older = shard.attempts.iter().rev().skip(1);
-            older.filter(|attempt| matches!(attempt.state, AttemptState::Open | AttemptState::Committed)).count()
-        };
+        let committed = shard.attempts.iter().filter(|attempt| attempt.state == AttemptState::Committed).count();
+        let beside = committed > 0 && shard.open_attempt().is_some();
         let growing = shard.attempts.windows(2).all(|pair| pair[0].fence < pair[1].fence);
-        if !growing || live_older(shard) > 0 || shard.newest().is_some_and(|newest| newest.fence.0 > state.fences) {
+        if !growing || committed > 1 || beside || shard.newest().is_some_and(|newest| newest.fence.0 > state.fences) {
             return Err(broken(format!("attempts of {id}: {:?}", shard.attempts)));
         }
     }
@@ -86,9 +86,14 @@ pub fn at_most_one_attempt_commits(state: &State) -> Result<(), Broken> {
 /// Invariant 3: the reservations on a device never exceed the memory that bonepile may use there.
 pub fn reservations_fit(state: &State) -> Result<(), Broken> {
     let mut held: BTreeMap<&DeviceRef, u64> = BTreeMap::new();
+    let mut lanes: BTreeMap<(&DeviceRef, u32), u64> = BTreeMap::new();
     for (_, seat) in state.unfinished_seats() {
-        let sum = held.entry(&seat.device).or_default();
-        *sum = sum.saturating_add(seat.held_bytes());
+        let most = lanes.entry((&seat.device, seat.lane)).or_default();
+        *most = seat.held_bytes().max(*most);
+    }
+    for ((device, _), bytes) in lanes {
+        let sum = held.entry(device).or_default();
+        *sum = sum.saturating_add(bytes);
     }
     for (device, bytes) in held {
         let budget = state.device(device).map_or(0, |body| body.memory_budget_bytes);

@@ -13,9 +13,10 @@ use super::apply::IllegalTransition;
 use super::event::{AttemptPlaced, Event, Record};
 use super::input::{Answer, Effect, Input, Rejection};
 use super::live::Live;
-use super::placement;
+use super::placement::{Placement, Round, Scope};
 use super::state::State;
 use super::timer::Timer;
+use super::view::View;
 
 /// Decides which shard runs where, and what becomes of it.
 ///
@@ -32,7 +33,7 @@ use super::timer::Timer;
 /// replayed from the journal knows only what is durable.
 ///
 /// [`state`](Self::state) and [`live`](Self::live) may be read at any time.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Scheduler {
     pub(super) state: State,
     pub(super) live: Live,
@@ -62,6 +63,14 @@ impl Scheduler {
         self.now = now.max(self.state.at);
         self.live = Live::after_start(&self.state, self.now);
         self.unsettled = true;
+    }
+
+    /// Makes this value a forecast of itself: workers do not speak in it, and their silence means nothing. What it decides is
+    /// never carried out.
+    #[must_use]
+    pub fn forecast(mut self) -> Self {
+        self.live.is_forecast = true;
+        self
     }
 
     /// Takes an input. Time does not go back: an earlier `now` than before counts as the same.
@@ -120,6 +129,7 @@ impl Scheduler {
         match input {
             Input::Configure(settings) => {
                 if settings != self.state.settings {
+                    self.live.board.touch_all();
                     self.emit(Event::SettingsChanged(settings));
                 }
                 Ok(Answer::Done)
@@ -153,6 +163,12 @@ impl Scheduler {
             Input::RetryRun(run) => self.retry_run(run),
             Input::SetDrain { worker, on } => self.set_drain(worker, on),
             Input::RevokeWorker(worker) => self.revoke_worker(worker),
+            Input::ReleaseDevice(device) => self.release_device(device),
+            Input::TeachThroughput(rows) => {
+                self.emit(Event::ThroughputTaught { rows });
+                self.unsettled = true;
+                Ok(Answer::Done)
+            }
         }
     }
 
@@ -160,23 +176,48 @@ impl Scheduler {
         while let Some(timer) = self.live.timers.pop_due(self.now) {
             match timer {
                 Timer::Lease(attempt, role) => self.lease_expired(attempt, role),
-                Timer::Retry(_) => self.unsettled = true,
+                Timer::Retry(shard) => {
+                    self.live.enqueue(&self.state, shard);
+                    self.unsettled = true;
+                }
+                Timer::Straggler(attempt) => self.try_elsewhere(attempt),
             }
         }
     }
 
     fn place_waiting(&mut self) {
-        for placement in placement::pass(&self.state, &self.live, self.now) {
-            let attempt = placement.attempt;
-            let roles: Vec<_> = placement.seats.iter().map(|seat| seat.role).collect();
-            self.emit(Event::AttemptPlaced(AttemptPlaced {
-                attempt,
-                seats: placement.seats,
-                reasons: placement.reasons,
-            }));
-            for role in roles {
-                self.send_start(attempt, role);
+        let fresh = self.live.queue.take_fresh();
+        let changed = self.live.board.take_dirty();
+        if self.live.queue.is_empty() || !fresh && changed.is_empty() {
+            return;
+        }
+        let scope = if fresh { Scope::All } else { Scope::Rows(changed) };
+        let (mut plans, mut rankings) = (std::mem::take(&mut self.live.plans), std::mem::take(&mut self.live.rankings));
+        loop {
+            let view = View { state: &self.state, live: &self.live, now: self.now };
+            let placements = Round::run(view, &scope, &mut plans, &mut rankings);
+            if placements.is_empty() {
+                break;
             }
+            placements.into_iter().for_each(|placement| self.place(placement, false));
+        }
+        self.live.plans = plans;
+        self.live.rankings = rankings;
+    }
+
+    /// Gives a shard the devices that were chosen for it.
+    pub(super) fn place(&mut self, placement: Placement, speculative: bool) {
+        let Placement { attempt, pool, reference_ms, seats, reasons } = placement;
+        let weight = self.state.settings.weights.get(&pool.account).copied().unwrap_or(1);
+        self.live.queue.charge(&pool, reference_ms, weight);
+        let roles: Vec<_> = seats.iter().map(|seat| seat.role).collect();
+        let expected_ms = seats.iter().map(|seat| seat.expected_ms).max().unwrap_or(0);
+        self.emit(Event::AttemptPlaced(AttemptPlaced { attempt, seats, speculative, reasons }));
+        if !speculative {
+            self.watch_straggler(attempt, expected_ms);
+        }
+        for role in roles {
+            self.send_start(attempt, role);
         }
     }
 

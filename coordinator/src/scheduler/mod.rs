@@ -7,31 +7,44 @@
 //! - [`Scheduler`] (`machine.rs`), with what each input leads to in `sessions.rs`, `outcomes.rs` and `orders.rs`.
 //! - [`input`]: inputs, answers, rejections, effects. [`event`]: what is journaled.
 //! - [`state`] and its one `apply` (`apply.rs`); [`live`] for what is not journaled; [`timer`]: the deadlines.
-//! - [`estimate`], [`placement`], [`reason`], [`explain`]: which devices, and why.
+//! - [`queue`] (who waits, by [`request`]) and [`board`] (devices and what holds them): indices of the state.
+//! - [`throughput`] and [`learned`]: what finished work teaches. [`estimate`]: memory before that.
+//! - [`view`] rates a device for a seat, [`placement`] chooses ([`assign`] for few shards, [`prices`] for many), `stragglers.rs`
+//!   tries the slow ones again elsewhere; [`reason`] and [`explain`] word it.
 //! - [`invariants`]: what must hold after every input.
 
 mod apply;
+pub mod assign;
+pub mod board;
 pub mod estimate;
 pub mod event;
 pub mod explain;
 pub mod input;
 pub mod invariants;
+pub mod learned;
 pub mod live;
 mod machine;
+pub mod octaves;
 mod orders;
 mod outcomes;
 pub mod placement;
+pub mod prices;
+pub mod queue;
 pub mod reason;
+pub mod request;
 mod sessions;
 pub mod state;
 mod status;
+mod stragglers;
+pub mod throughput;
 pub mod timer;
+pub mod view;
 
 #[cfg(test)]
 mod tests;
 
 pub use apply::IllegalTransition;
-pub use event::{Event, Record, Settings};
+pub use event::{Event, Policy, Record, Settings};
 pub use input::{Answer, Effect, Input, NewRun, Rejection};
 pub use machine::Scheduler;
 pub use outcomes::{FREE_RETRIES_MAX, RETRY_BACKOFF_DOUBLINGS_MAX, RETRY_BACKOFF_MS};

@@ -1,7 +1,7 @@
 //! Inputs that people give: tokens, runs, draining, revoking.
 
 use protocol::control::{CancelSeat, Failure, FailureKind};
-use protocol::ids::{RunId, ShardId, TokenId, WorkerId};
+use protocol::ids::{DeviceRef, RunId, ShardId, TokenId, WorkerId};
 use protocol::limits::{SHARDS_PER_RUN_MAX, clean_text};
 
 use super::event::{Event, RunAccepted, TokenCreated};
@@ -68,6 +68,15 @@ impl Scheduler {
             (true, false) => self.emit(Event::DrainEnded { worker }),
             (false, false) | (true, true) => {}
         }
+        self.unsettled = true;
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn release_device(&mut self, device: DeviceRef) -> Result<Answer, Rejection> {
+        if self.state.quarantined_until(&device).is_none() {
+            return Err(Rejection::NotQuarantined(device));
+        }
+        self.emit(Event::DeviceReleased { device });
         self.unsettled = true;
         Ok(Answer::Done)
     }

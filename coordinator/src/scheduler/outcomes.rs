@@ -2,14 +2,17 @@
 //!
 //! Workers repeat an outcome until it is settled, so everything here answers the same to the same message, however often.
 
+use std::collections::BTreeSet;
+
 use protocol::control::{CancelSeat, Failure, FailureKind, Output, Retry, SeatFailed, SeatFinished, SeatSettled};
+use protocol::experiment::ShardSpec;
 use protocol::ids::{AttemptId, Role, RunId, ShardId, WorkerId};
 use protocol::limits::clean_text;
 
 use super::event::{Event, SeatCompleted};
 use super::input::Effect;
 use super::machine::Scheduler;
-use super::state::AttemptState;
+use super::state::{Attempt, AttemptState};
 use super::status::{RunState, ShardState};
 
 /// Retries of a shard that do not count as tries, before they do: two workers that never reach each other must not keep a
@@ -56,7 +59,9 @@ impl Scheduler {
                 message: clean_text(&failed.failure.message),
                 hint: clean_text(&failed.failure.hint),
             };
+            self.note_kernel(attempt, role, &failure);
             self.fail_attempt(attempt, role, failure, false);
+            self.quarantine_if_due(attempt, role);
         }
         self.send(worker, SeatSettled { attempt, role, counted });
     }
@@ -106,8 +111,16 @@ impl Scheduler {
             build: clean_text(&build),
         }));
         if self.state.attempt(attempt).is_some_and(|body| body.unfinished().next().is_none()) {
+            let beside = self.open_beside(attempt);
             self.emit(Event::ShardCommitted { attempt });
-            self.effect(Effect::WriteManifest { attempt });
+            for (other, worker) in beside {
+                let reason = format!("{attempt} finished first");
+                self.send(worker, CancelSeat { attempt: other, reason });
+            }
+            // Without artifacts there is nothing in the store to tie together.
+            if self.state.attempt(attempt).is_some_and(Attempt::has_outputs) {
+                self.effect(Effect::WriteManifest { attempt });
+            }
             self.finish_run_if_over(attempt.shard.run);
         }
         self.unsettled = true;
@@ -125,9 +138,21 @@ impl Scheduler {
 
     fn send_shard_on(&mut self, id: ShardId, kind: FailureKind) {
         let Some(shard) = self.state.shard(id) else { return };
-        let out_of_tries = shard.tries >= self.state.settings.attempts_max || shard.free_retries > FREE_RETRIES_MAX;
+        if shard.open_attempt().is_some() {
+            // Another attempt of it goes on.
+            return;
+        }
+        let said_no = matches!(kind, FailureKind::CommandFailed | FailureKind::TimedOut);
+        let command_retries = match &shard.spec {
+            ShardSpec::Command(spec) if said_no => spec.retries,
+            _ => u32::MAX,
+        };
+        let out_of_tries = shard.tries > command_retries
+            || shard.tries >= self.state.settings.attempts_max
+            || shard.free_retries > FREE_RETRIES_MAX;
         if kind.retry() == Retry::Never || out_of_tries {
             self.emit(Event::ShardFailed { shard: id });
+            self.fail_dependents(id);
             self.finish_run_if_over(id.run);
             return;
         }
@@ -140,6 +165,67 @@ impl Scheduler {
             _ => RETRY_BACKOFF_MS << (failures - 1).min(RETRY_BACKOFF_DOUBLINGS_MAX),
         };
         self.emit(Event::ShardRequeued { shard: id, not_before: self.now.plus_ms(wait_ms) });
+    }
+
+    /// Experiments that wait for one that will not commit will never start: their shards fail with it, and are reopened with
+    /// it by `retry`.
+    fn fail_dependents(&mut self, failed: ShardId) {
+        let Some(run) = self.state.runs.get(&failed.run) else { return };
+        let Some(group) = run.group_index(failed.index) else { return };
+        let mut lost = BTreeSet::from([group]);
+        let mut shards = Vec::new();
+        for (number, group) in run.groups.iter().enumerate() {
+            if group.after.iter().any(|earlier| lost.contains(&(*earlier as usize))) {
+                lost.insert(number);
+                shards.extend((group.first..group.first + group.count).filter(|index| run.waiting.contains(index)));
+            }
+        }
+        for index in shards {
+            self.emit(Event::ShardFailed { shard: ShardId { run: failed.run, index } });
+        }
+    }
+
+    /// Seats of the shard's other open attempts, with their workers.
+    fn open_beside(&self, id: AttemptId) -> Vec<(AttemptId, WorkerId)> {
+        let others = self.state.shard(id.shard).into_iter().flat_map(|shard| shard.open_attempts());
+        others
+            .filter(|other| other.fence != id.fence)
+            .flat_map(|other| {
+                let attempt = AttemptId { shard: id.shard, fence: other.fence };
+                other.unfinished().map(move |seat| (attempt, seat.device.worker))
+            })
+            .collect()
+    }
+
+    fn note_kernel(&mut self, id: AttemptId, role: Role, failure: &Failure) {
+        if failure.kind != FailureKind::NoKernel {
+            return;
+        }
+        let Some(shard) = self.state.shard(id.shard) else { return };
+        let Some(seat) = self.state.attempt(id).and_then(|attempt| attempt.seat(role)) else { return };
+        let report = self.state.workers.get(&seat.device.worker).and_then(|worker| worker.report.as_ref());
+        let build = report.map(|report| report.build.clone()).unwrap_or_default();
+        let (class, device_model) = (shard.spec.work_class(), seat.device_model.clone());
+        if !self.state.lacks_kernel(&class, &device_model, &build) {
+            self.emit(Event::KernelFoundMissing { class, device_model, build });
+        }
+    }
+
+    /// Takes a device out for a while on which several shards in a row failed, or that said that it is sick.
+    fn quarantine_if_due(&mut self, id: AttemptId, role: Role) {
+        let Some(attempt) = self.state.attempt(id) else { return };
+        let AttemptState::Failed { failure, .. } = &attempt.state else { return };
+        let Some(device) = attempt.seat(role).map(|seat| seat.device.clone()) else { return };
+        let Some(record) = self.state.records.get(&device.to_string()) else { return };
+        let sick = failure.kind == FailureKind::DeviceSick;
+        if !record.failed.is_empty() && (sick || record.is_due()) {
+            let why = match sick {
+                true => failure.to_string(),
+                false => format!("{} shards failed there in a row, the last with {failure}", record.failed.len()),
+            };
+            let until = self.now.plus_ms(record.next_ms());
+            self.emit(Event::DeviceQuarantined { device, until, why: clean_text(&why) });
+        }
     }
 
     fn finish_run_if_over(&mut self, id: RunId) {
@@ -168,7 +254,7 @@ impl Scheduler {
             AttemptState::Open if seat.outcome.is_none() => Standing::Awaited,
             AttemptState::Open | AttemptState::Committed => Standing::Known,
             AttemptState::Failed { .. } if shard.lapsed(id.fence, role).is_some() => Standing::Lapsed,
-            AttemptState::Failed { .. } | AttemptState::Cancelled => Standing::Fenced,
+            AttemptState::Failed { .. } | AttemptState::Cancelled | AttemptState::Superseded => Standing::Fenced,
         }
     }
 }

@@ -1,389 +1,476 @@
-//! Which devices a shard gets. First policy: what fits in free memory, most free first, roles apart when asked, gangs whole
-//! or not at all; every device gets a reason.
+//! Which devices a shard gets: those with which it is expected to end earliest, which may mean waiting for a fast one.
 //!
-//! Looks only: a pass works on a copy of the reservations and returns placements; the machine turns them into events.
-//! Waiting shards are taken by priority, then run, then index; a shard that does not fit does not hold back those behind it.
+//! A round looks at those who share the cluster in turn: gangs whole or not at all, then single seats. Few shards are planned
+//! one by one ([`super::assign`]), many by classes and prices ([`super::prices`]). Looks only: the machine turns what comes out
+//! into events. Every placement carries its reasons.
 
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::control::FailureKind;
-use protocol::experiment::Spread;
-use protocol::hardware::{Device, DeviceKind, Telemetry};
-use protocol::ids::{AttemptId, DeviceRef, Fence, Role, ShardId, WorkerId};
+use protocol::hardware::DeviceKind;
+use protocol::ids::{AttemptId, DeviceRef, Fence, RunId, ShardId};
 use protocol::time::UnixMillis;
 
-use super::estimate::seat_bytes;
-use super::event::PlacedSeat;
-use super::live::Live;
+use super::assign::{self, Job, NEVER};
+use super::board::{Occupant, Row, RowId};
+use super::event::{PlacedSeat, Policy};
+use super::prices::{Load, dearness, prices};
+use super::queue::{Pool, PoolKey, RequestId};
 use super::reason::{Rated, Reason};
-use super::state::{AttemptState, Shard, State, Worker};
-use super::status::WorkerState;
+use super::request::{Request, SeatNeed};
+use super::view::{Expected, Slot, View, World};
 
-/// Attempts at a time on a box's processor. Two would share its cores and finish no earlier. The seats of one attempt may
-/// share it where their shard's spread allows.
-pub const ATTEMPTS_PER_CPU_MAX: usize = 1;
-/// Attempts at a time on a GPU, if their memory fits: beyond this they only take turns.
-pub const ATTEMPTS_PER_GPU_MAX: usize = 8;
 /// Reasons kept with a placement: enough to see the pattern, without a large cluster filling the journal.
-pub const REASONS_PER_PLACEMENT_MAX: usize = 64;
+pub const REASONS_PER_PLACEMENT_MAX: usize = 16;
+/// A shard expected to take less than this gets no reasons but its own device: looking at the others would take longer.
+const REASONS_WORTH_MS: u64 = 1_000;
+/// Shards of a pool that are planned one by one.
+const PLANNED_MAX: usize = 512;
+/// Steps of a plan (shards × requests × devices) that are worth it.
+const PLAN_STEPS_MAX: usize = 600_000;
+/// Improvements of a plan.
+const MOVES_MAX: usize = 300;
+/// Columns that one device has in a plan at most.
+const COLUMNS_PER_DEVICE_MAX: usize = 8;
+/// A class goes to a device model on which it is dearer by less than this, thousandths.
+const DEARNESS_MAX: u64 = 1_600;
 
 /// A decision: these devices for this shard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placement {
-    /// The shard with the fencing number that it gets; numbers follow on those in the state, in the order of the pass.
+    /// The shard with the fencing number that it gets; numbers follow on those in the state, in the order of the round.
     pub attempt: AttemptId,
+    /// Who pays for it.
+    pub pool: PoolKey,
+    /// What it is worth, reference milliseconds.
+    pub reference_ms: u64,
     /// Its seats.
     pub seats: Vec<PlacedSeat>,
     /// Why these.
     pub reasons: Vec<Rated>,
 }
 
-/// Places what can be placed at `now`. Costs one look at each waiting shard while any device has room, and one rating of
-/// each device for every different need among them.
-pub fn pass(state: &State, live: &Live, now: UnixMillis) -> Vec<Placement> {
-    let mut runs: Vec<_> = state.runs.iter().filter(|(_, run)| !run.waiting.is_empty()).collect();
-    if runs.is_empty() {
-        return Vec::new();
-    }
-    runs.sort_by_key(|(id, run)| (Reverse(run.priority), **id));
-    let mut board = Board::survey(state, live, now);
-    let mut hopeless = BTreeSet::new();
-    let mut placements = Vec::new();
-    for (run, body) in runs {
-        for index in &body.waiting {
-            if !board.any_room() {
-                return placements;
-            }
-            let shard = &body.shards[*index as usize];
-            if shard.not_before > now {
-                continue;
-            }
-            let need = Need::of(ShardId { run: *run, index: *index }, shard);
-            if hopeless.contains(&need) {
-                continue;
-            }
-            let next = Fence(state.fences + 1 + placements.len() as u64);
-            match board.place(&need, next) {
-                Some(placement) => placements.push(placement),
-                None => drop(hopeless.insert(need)),
-            }
-        }
-    }
-    placements
+/// What was planned for a pool before and is still a good plan.
+pub type Plans = BTreeMap<PoolKey, BTreeMap<(RowId, usize), Vec<RequestId>>>;
+
+/// Orders of requests by device model, while much waits.
+#[derive(Debug, Clone, Default)]
+pub struct Ranking {
+    version: u64,
+    shards: usize,
+    requests: Vec<RequestId>,
+    by_kind: Vec<Vec<RequestId>>,
 }
 
-/// What a shard asks for. Ordered without the shard's id, so that equal needs are tried once in a pass.
+/// Which devices a round looks at.
 #[derive(Debug, Clone)]
-pub struct Need<'a> {
-    /// Whose need it is.
-    pub shard: ShardId,
-    /// Seats and their memory, in the order of the spec's roles.
-    pub seats: Vec<(Role, u64)>,
-    /// Models that each seat's worker must have.
-    pub models: Vec<&'a str>,
-    /// Where the seats may sit relative to each other.
-    pub spread: Spread,
-    /// Where the shard failed, and with which attempt: other places go first.
-    pub avoid: BTreeMap<Place, AttemptId>,
+pub enum Scope {
+    /// Every one that may have room: something new waits.
+    All,
+    /// Those about which something changed.
+    Rows(BTreeSet<RowId>),
 }
 
-/// A place to avoid.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
-    /// One device: the failure was the device's or its executor's.
-    Device(DeviceRef),
-    /// The whole worker: the failure was the box's.
-    Worker(WorkerId),
+/// A round in progress.
+pub struct Round<'a> {
+    view: View<'a>,
+    scope: &'a Scope,
+    /// Rows with what this round put on them.
+    overlay: BTreeMap<RowId, Row>,
+    /// Rows that wait for a gang, and until when: what is over by then may run there.
+    held: BTreeMap<RowId, UnixMillis>,
+    /// Shards of each run that this round starts.
+    started: BTreeMap<RunId, u32>,
+    placements: Vec<Placement>,
 }
 
-impl<'a> Need<'a> {
-    /// What `shard` asks for.
-    pub fn of(id: ShardId, shard: &'a Shard) -> Self {
-        let roles = shard.spec.roles();
-        let mut avoid = BTreeMap::new();
-        for attempt in shard.attempts.iter().skip(shard.reopened_at_attempt as usize) {
-            let AttemptState::Failed { role, failure } = &attempt.state else { continue };
-            let Some(seat) = attempt.seat(*role) else { continue };
-            let place = match failure.kind {
-                FailureKind::ExecutorLost | FailureKind::OutOfMemory => Place::Device(seat.device.clone()),
-                FailureKind::PeerLost => continue,
-                _ => Place::Worker(seat.device.worker),
-            };
-            avoid.insert(place, AttemptId { shard: id, fence: attempt.fence });
+impl<'a> Round<'a> {
+    /// Places what one pool can have now: the first in order that can have anything.
+    pub fn run(
+        view: View<'a>,
+        scope: &'a Scope,
+        plans: &mut Plans,
+        rankings: &mut BTreeMap<PoolKey, Ranking>,
+    ) -> Vec<Placement> {
+        let mut round = Self::new(view, scope);
+        let order = view.live.queue.order();
+        for (at, key) in order.iter().enumerate() {
+            let rivals = order.iter().enumerate().any(|(other, rival)| other != at && rival.priority == key.priority);
+            // Those who share take turns, one shard each.
+            let limit = if rivals { 1 } else { usize::MAX };
+            let Some(pool) = view.live.queue.pool(key) else { continue };
+            round.place_gangs(key, pool, limit);
+            match view.state.settings.policy {
+                Policy::FirstIdle | Policy::FastestIdle => round.first_come(key, pool, limit),
+                Policy::SpeedFactor | Policy::EarliestFinish if round.is_small(pool) => {
+                    round.planned(key, pool, limit, plans);
+                }
+                Policy::SpeedFactor | Policy::EarliestFinish => {
+                    round.priced(key, pool, limit, rankings.entry(key.clone()).or_default());
+                }
+            }
+            if !round.placements.is_empty() {
+                break;
+            }
         }
+        round.placements
+    }
+
+    /// A second attempt of a running shard on a device that has nothing to do, where `overtakes` holds: the fastest.
+    pub fn beside(view: View<'a>, shard: ShardId, overtakes: impl Fn(Expected) -> bool) -> Option<Placement> {
+        let run = view.state.runs.get(&shard.run)?;
+        let body = run.shards.get(shard.index as usize)?;
+        let request = Request::of(run, shard.index, body);
+        let mut round = Self::new(view, &Scope::All);
+        let taken: Vec<_> = body.open_attempts().flat_map(|attempt| &attempt.seats).map(|seat| &seat.device).collect();
+        let idle = view.live.board.rows().filter(|(_, row)| row.lanes.is_empty() && !taken.contains(&&row.device));
+        let fits = idle.filter_map(|(id, _)| Some((id, round.fit(id, &request)?)));
+        let (row, fit) =
+            fits.filter(|(_, fit)| overtakes(fit.expected)).min_by_key(|(id, fit)| (fit.expected.ms, *id))?;
+        let key = PoolKey { priority: std::cmp::Reverse(run.priority), account: run.account.clone() };
+        round.take(&key, shard, &request, &[(row, fit)]);
+        round.placements.pop()
+    }
+
+    /// Whether all of a request fits at once in `world`, with every place allowed.
+    pub fn could_place(view: View<'a>, request: &Request, world: World) -> bool {
+        Self::new(view, &Scope::All).could(request, world)
+    }
+
+    /// The device that a request is planned to wait for.
+    pub fn awaited(view: View<'a>, request: &Request) -> Option<DeviceRef> {
+        let mut planned = view.live.plans.values().flatten();
+        let waits = |ids: &Vec<RequestId>| ids.iter().any(|id| view.live.queue.request(*id) == request);
+        let (key, _) = planned.find(|(_, ids)| waits(ids))?;
+        let row = view.row(key.0);
+        // Behind its own kind, not for something faster, if nothing else would do.
+        let elsewhere = view.live.board.rows().any(|(id, row)| {
+            let seat = request.seats.first();
+            id != key.0
+                && seat.is_some_and(|seat| matches!(view.rate(row, request, seat, World::Now), Reason::Fits { .. }))
+        });
+        elsewhere.then(|| row.device.clone())
+    }
+
+    fn new(view: View<'a>, scope: &'a Scope) -> Self {
         Self {
-            shard: id,
-            seats: roles.iter().map(|role| (*role, seat_bytes(&shard.spec, *role))).collect(),
-            models: shard.spec.models(),
-            spread: shard.spec.spread(),
-            avoid,
+            view,
+            scope,
+            overlay: BTreeMap::new(),
+            held: BTreeMap::new(),
+            started: BTreeMap::new(),
+            placements: Vec::new(),
         }
     }
 
-    /// Memory of the largest seat, bytes.
-    pub fn bytes_max(&self) -> u64 {
-        self.seats.iter().map(|(_, bytes)| *bytes).max().unwrap_or(0)
+    fn row(&self, id: RowId) -> &Row {
+        self.overlay.get(&id).unwrap_or_else(|| self.view.row(id))
     }
 
-    fn avoids(&self, device: &DeviceRef) -> Option<AttemptId> {
-        let by_device = self.avoid.get(&Place::Device(device.clone()));
-        by_device.or_else(|| self.avoid.get(&Place::Worker(device.worker))).copied()
+    fn request(&self, id: RequestId) -> &'a Request {
+        self.view.live.queue.request(id)
+    }
+
+    /// The oldest shard of a request whose run may have one more running.
+    fn next_shard(&self, shards: &BTreeSet<ShardId>) -> Option<ShardId> {
+        let placed = |shard: &ShardId| self.placements.iter().any(|placement| placement.attempt.shard == *shard);
+        let mut from = ShardId { run: RunId(0), index: 0 };
+        loop {
+            let shard = *shards.range(from..).find(|shard| !placed(shard))?;
+            if !self.is_capped(shard.run) {
+                return Some(shard);
+            }
+            from = ShardId { run: RunId(shard.run.0 + 1), index: 0 };
+        }
+    }
+
+    fn is_capped(&self, run: RunId) -> bool {
+        let Some(body) = self.view.state.runs.get(&run) else { return true };
+        let running = body.running.len() + self.started.get(&run).copied().unwrap_or(0) as usize;
+        body.running_max > 0 && running >= body.running_max as usize
+    }
+
+    /// Rows that may take something, in the order of joining.
+    fn candidates(&self) -> Vec<RowId> {
+        let open = self.view.live.board.open();
+        let rows: Vec<RowId> = match self.scope {
+            Scope::All => open.iter().copied().collect(),
+            Scope::Rows(rows) => rows.iter().filter(|row| open.contains(row)).copied().collect(),
+        };
+        rows
+    }
+
+    fn is_small(&self, pool: &Pool) -> bool {
+        if pool.shards > PLANNED_MAX {
+            return false;
+        }
+        let devices = self.view.live.board.rows().count();
+        pool.shards.saturating_mul(pool.requests.len()).saturating_mul(devices.max(1)) <= PLAN_STEPS_MAX
     }
 }
 
-impl PartialEq for Need<'_> {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Need<'_> {}
-
-impl PartialOrd for Need<'_> {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Need<'_> {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        let spread = (self.spread as u8).cmp(&(other.spread as u8));
-        let sizes = self.seats.cmp(&other.seats).then_with(|| self.models.cmp(&other.models));
-        sizes.then(spread).then_with(|| self.avoid.keys().cmp(other.avoid.keys()))
-    }
-}
-
-/// Which world a device is rated in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum World {
-    /// As it is.
-    Now,
-    /// As it would be if nothing of ours ran.
-    Idle,
-    /// As it would be if everything that waiting can change were well.
-    Someday,
-}
-
-/// Every device of the cluster with what matters for placement.
-#[derive(Debug)]
-pub struct Board<'a> {
-    rows: Vec<Row<'a>>,
-}
-
-/// One device.
-#[derive(Debug)]
-struct Row<'a> {
-    device: DeviceRef,
-    body: &'a Device,
-    worker: &'a Worker,
-    worker_state: WorkerState,
-    heard_at: UnixMillis,
-    telemetry: Option<&'a Telemetry>,
-    reserved_bytes: u64,
-    attempts: BTreeSet<AttemptId>,
-}
-
-impl<'a> Board<'a> {
-    /// Looks at every device, in the order of [`DeviceRef`].
-    pub fn survey(state: &'a State, live: &'a Live, now: UnixMillis) -> Self {
-        let mut rows = Vec::new();
-        for (id, worker) in &state.workers {
-            let session = live.sessions.get(id);
-            for body in worker.devices() {
-                rows.push(Row {
-                    device: DeviceRef { worker: *id, device: body.id.clone() },
-                    body,
-                    worker,
-                    worker_state: live.worker_state(state, *id, now),
-                    heard_at: session.map_or(UnixMillis(0), |session| session.heard_at),
-                    telemetry: session.and_then(|session| session.telemetry.get(&body.id)),
-                    reserved_bytes: 0,
-                    attempts: BTreeSet::new(),
-                });
+/// Single seats.
+impl Round<'_> {
+    /// As schedulers without a throughput table do: the oldest shard on the first device that is idle.
+    fn first_come(&mut self, key: &PoolKey, pool: &Pool, limit: usize) {
+        let mut rows = self.candidates();
+        if self.view.state.settings.policy == Policy::FastestIdle {
+            rows.sort_by_key(|row| std::cmp::Reverse(self.view.live.mflops(&self.view.row(*row).body.model)));
+        }
+        let mut shards: Vec<_> =
+            pool.requests.iter().flat_map(|(id, set)| set.iter().map(move |shard| (*shard, *id))).collect();
+        shards.sort_unstable();
+        for (shard, id) in shards {
+            let request = self.request(id);
+            if request.is_gang() || self.is_capped(shard.run) {
+                continue;
+            }
+            let place = rows.iter().copied().find_map(|row| Some((row, self.fit(row, request)?)));
+            if let Some((row, fit)) = place.filter(|(_, fit)| !fit.slot.behind) {
+                self.take(key, shard, request, &[(row, fit)]);
+                if self.placements.len() >= limit {
+                    return;
+                }
             }
         }
-        let mut board = Self { rows };
-        for (attempt, _, body) in state.open_attempts() {
-            for seat in body.seats.iter().filter(|seat| !seat.freed && seat.outcome.is_none()) {
-                board.reserve(&seat.device, attempt, seat.reserved_bytes);
+    }
+
+    /// Plans every shard of the pool on every device, and starts what the plan starts now.
+    fn planned(&mut self, key: &PoolKey, pool: &Pool, limit: usize, plans: &mut Plans) {
+        let ids: Vec<RequestId> = pool.requests.keys().copied().filter(|id| !self.request(*id).is_gang()).collect();
+        if ids.is_empty() || self.candidates().is_empty() {
+            return;
+        }
+        let columns = self.columns(&ids);
+        let jobs: Vec<Job> = ids.iter().map(|id| self.job(*id, pool.requests[id].len(), &columns)).collect();
+        let ready: Vec<u64> = columns.iter().map(|column| column.ready_ms).collect();
+        let before = plans.remove(key).unwrap_or_default();
+        let position = |id: &RequestId| ids.binary_search(id).ok();
+        let before = columns
+            .iter()
+            .map(|column| before.get(&column.key).into_iter().flatten().filter_map(position).collect())
+            .collect();
+        let mut plan = assign::plan(&jobs, &ready, before, MOVES_MAX);
+        for (at, column) in columns.iter().enumerate() {
+            // Short ones first: results come earlier, and the table learns sooner. With one speed a card nothing is learned.
+            plan[at].sort_by_key(|job| (jobs[*job].times[at], *job));
+            if self.view.state.settings.policy == Policy::SpeedFactor {
+                plan[at].reverse();
+            }
+            let mut rest = Vec::new();
+            for job in std::mem::take(&mut plan[at]) {
+                let open = self.placements.len() < limit;
+                if !(open && self.start(key, pool, ids[job], column.key.0)) {
+                    rest.push(job);
+                }
+            }
+            plan[at] = rest;
+        }
+        let kept = columns.iter().zip(&plan).filter(|(_, jobs)| !jobs.is_empty());
+        let kept = kept.map(|(column, jobs)| (column.key, jobs.iter().map(|job| ids[*job]).collect())).collect();
+        plans.insert(key.clone(), kept);
+    }
+
+    /// Fills each device with the class that belongs there.
+    fn priced(&mut self, key: &PoolKey, pool: &Pool, limit: usize, ranking: &mut Ranking) {
+        self.rank(pool, ranking);
+        for row in self.candidates() {
+            let kind = self.view.row(row).kind.0 as usize;
+            for id in ranking.by_kind.get(kind).into_iter().flatten() {
+                while self.start(key, pool, *id, row) {
+                    if self.placements.len() >= limit {
+                        return;
+                    }
+                }
+                if self.row(row).lanes.len() >= self.row(row).slots(None) && self.row(row).ahead() > 0 {
+                    break;
+                }
             }
         }
-        board
     }
 
-    /// Whether a further attempt might start anywhere.
-    pub fn any_room(&self) -> bool {
-        self.rows.iter().any(|row| row.worker_state == WorkerState::Online && row.has_slot())
+    /// Ranks the pool's requests for each device model, if what waits or what is known has changed enough.
+    fn rank(&self, pool: &Pool, ranking: &mut Ranking) {
+        let ids = || pool.requests.keys().copied().filter(|id| !self.request(*id).is_gang());
+        let version = self.view.state.table.version() + self.view.live.fleet_version;
+        let near = pool.shards.abs_diff(ranking.shards) * 5 <= ranking.shards;
+        if near && ranking.version == version && ids().eq(ranking.requests.iter().copied()) {
+            return;
+        }
+        let kinds = self.view.live.board.kinds();
+        let (mut devices, mut samples) = (vec![0u64; kinds], vec![None; kinds]);
+        for (id, row) in self.view.live.board.rows().filter(|(_, row)| self.view.in_service(row)) {
+            devices[row.kind.0 as usize] += 1;
+            samples[row.kind.0 as usize].get_or_insert(id);
+        }
+        let requests: Vec<RequestId> = ids().collect();
+        let load = |id: &RequestId| Load {
+            count: pool.requests[id].len() as u64,
+            times: samples
+                .iter()
+                .map(|row| row.map_or(NEVER, |row| self.time(self.view.row(row), self.request(*id))))
+                .collect(),
+        };
+        let loads: Vec<Load> = requests.iter().map(load).collect();
+        let prices = prices(&loads, &devices);
+        let ranked = |kind: usize| {
+            let dear = |(load, id): (&Load, &RequestId)| {
+                let dearness = dearness(load, &prices, kind).filter(|dearness| *dearness <= DEARNESS_MAX)?;
+                // What is about equally at home: the short ones first.
+                Some((dearness / 50, load.times[kind], *id))
+            };
+            let mut order: Vec<_> = loads.iter().zip(&requests).filter_map(dear).collect();
+            order.sort_unstable();
+            order.into_iter().map(|(_, _, id)| id).collect()
+        };
+        *ranking = Ranking { version, shards: pool.shards, by_kind: (0..kinds).map(ranked).collect(), requests };
     }
 
-    /// Bytes set aside on a device.
-    pub fn reserved_bytes(&self, device: &DeviceRef) -> u64 {
-        self.find(device).map_or(0, |at| self.rows[at].reserved_bytes)
+    /// Starts the oldest shard of a request on a row; `false` if it has no room or nobody may.
+    fn start(&mut self, key: &PoolKey, pool: &Pool, id: RequestId, row: RowId) -> bool {
+        let request = self.request(id);
+        let Some(fit) = self.fit(row, request) else { return false };
+        let Some(shard) = pool.requests.get(&id).and_then(|shards| self.next_shard(shards)) else { return false };
+        self.take(key, shard, request, &[(row, fit)]);
+        true
     }
 
-    /// Whether a resumed attempt's seat would still fit where it was.
-    pub fn has_room_for(&self, device: &DeviceRef, bytes: u64) -> bool {
-        self.find(device).is_some_and(|at| {
-            let row = &self.rows[at];
-            row.has_slot()
-                && row.body.unusable.is_none()
-                && row.reserved_bytes.saturating_add(bytes) <= row.body.memory_budget_bytes
+    /// How a request with one seat would go onto a row now.
+    fn fit(&self, id: RowId, request: &Request) -> Option<Fit> {
+        let seat = request.seats.first()?;
+        let row = self.row(id);
+        if request.avoids(&row.device) && self.has_other_place(request, seat) {
+            return None;
+        }
+        let expected = self.view.expected(row, request, seat.role);
+        if self.held.get(&id).is_some_and(|until| self.view.now.plus_ms(expected.ms) > *until) {
+            return None;
+        }
+        let bytes = self.view.need_bytes(request, seat);
+        let slot = self.view.slot(row, request, seat, bytes, expected)?;
+        Some(Fit { seat: *seat, bytes, expected, slot })
+    }
+
+    /// Whether a place that has not failed this request is only busy with our own work: worth the wait.
+    fn has_other_place(&self, request: &Request, seat: &SeatNeed) -> bool {
+        self.view.live.board.rows().any(|(_, row)| {
+            !request.avoids(&row.device)
+                && matches!(self.view.rate(row, request, seat, World::Idle), Reason::Fits { .. })
         })
     }
 
-    /// Every device's reason for `need`, in the order of [`DeviceRef`].
-    pub fn rate(&self, need: &Need<'_>, world: World) -> Vec<Rated> {
-        let rated = |row: &Row<'_>| {
-            let reason = row.rate(need, need.bytes_max(), world);
-            let avoided = need.avoids(&row.device).filter(|_| matches!(reason, Reason::Fits { .. }));
-            let reason = avoided.map_or(reason, |attempt| Reason::FailedHere { attempt });
-            Rated { device: row.device.clone(), reason }
-        };
-        self.rows.iter().map(rated).collect()
-    }
-
-    /// Whether all of `need` fits at once in `world`, with every place allowed.
-    pub fn could_place(&self, need: &Need<'_>, world: World) -> bool {
-        self.choose(need, world, false).is_some()
-    }
-
-    fn place(&mut self, need: &Need<'_>, fence: Fence) -> Option<Placement> {
-        let chosen = match self.choose(need, World::Now, true) {
-            Some(chosen) => chosen,
-            // A place that has not failed this shard is only busy with our own work: worth the wait.
-            None if !need.avoid.is_empty() && self.choose(need, World::Idle, true).is_some() => return None,
-            None => self.choose(need, World::Now, false)?,
-        };
-        let mut reasons = self.rate(need, World::Now);
-        for at in &chosen {
-            reasons[*at].reason = Reason::Chosen { free_bytes: self.rows[*at].free_bytes(World::Now) };
+    /// Expected time of a request's first seat on a row, milliseconds; [`NEVER`] if it would not do even if idle.
+    fn time(&self, row: &Row, request: &Request) -> u64 {
+        let Some(seat) = request.seats.first() else { return NEVER };
+        match self.view.rate(row, request, seat, World::Idle) {
+            Reason::Fits { .. } => {
+                let ms = self.view.expected(row, request, seat.role).ms.max(1);
+                // A worker without the labels that are preferred counts as a tenth slower for each.
+                ms.saturating_add(ms / 10 * self.view.unpreferred(row, request) as u64)
+            }
+            _ => NEVER,
         }
-        // Those chosen first, so that a cut takes none of them.
-        reasons.sort_by_key(|rated| (!matches!(rated.reason, Reason::Chosen { .. }), rated.device.clone()));
-        reasons.truncate(REASONS_PER_PLACEMENT_MAX);
-        let seats: Vec<_> = need
-            .seats
-            .iter()
-            .zip(&chosen)
-            .map(|((role, bytes), at)| PlacedSeat {
-                role: *role,
-                device: self.rows[*at].device.clone(),
-                reserved_bytes: *bytes,
-                lane: 0,
+    }
+
+    fn job(&self, id: RequestId, count: usize, columns: &[Column]) -> Job {
+        let request = self.request(id);
+        let seat = request.seats.first();
+        let shy = seat.is_some_and(|seat| !request.avoid.is_empty() && self.has_other_place(request, seat));
+        let mut by_row: BTreeMap<RowId, u64> = BTreeMap::new();
+        let times = columns.iter().map(|column| {
+            *by_row.entry(column.key.0).or_insert_with(|| {
+                let row = self.row(column.key.0);
+                if shy && request.avoids(&row.device) { NEVER } else { self.time(row, request) }
             })
-            .collect();
-        let attempt = AttemptId { shard: need.shard, fence };
-        for seat in &seats {
-            self.reserve(&seat.device, attempt, seat.reserved_bytes);
-        }
-        Some(Placement { attempt, seats, reasons })
+        });
+        Job { count, times: times.collect() }
     }
 
-    /// Rows for the seats of `need`, or nothing. Each seat takes the device with the most free memory of those left, ties by
-    /// id. Since the seats of all kinds there are need the same memory, taking the best one by one finds a way if there is
-    /// any.
-    fn choose(&self, need: &Need<'_>, world: World, avoiding: bool) -> Option<Vec<usize>> {
-        let mut chosen: Vec<usize> = Vec::with_capacity(need.seats.len());
-        let mut taken: BTreeMap<usize, u64> = BTreeMap::new();
-        for (_, bytes) in &need.seats {
-            let apart = |at: usize| match need.spread {
-                Spread::Any => true,
-                Spread::Devices => !chosen.contains(&at),
-                Spread::Workers => {
-                    chosen.iter().all(|other| self.rows[*other].device.worker != self.rows[at].device.worker)
+    /// Devices in service as columns of a plan: one for each seat that can run there at a time.
+    fn columns(&self, ids: &[RequestId]) -> Vec<Column> {
+        let threads = ids.iter().flat_map(|id| &self.request(*id).seats).map(|seat| seat.threads).max().unwrap_or(None);
+        let fewest = ids.iter().flat_map(|id| &self.request(*id).seats).filter_map(|seat| seat.threads).min();
+        let threads = fewest.or(threads);
+        let now = self.view.now;
+        let mut columns = Vec::new();
+        for (id, row) in self.view.live.board.rows().filter(|(_, row)| self.view.in_service(row)) {
+            let row = self.overlay.get(&id).unwrap_or(row);
+            let mut busy: Vec<u64> = row.lanes.values().map(|lane| lane.until.since_ms(now)).collect();
+            let slots = match row.body.kind {
+                // Seats that share a card take turns: its column is free when all of them are done.
+                DeviceKind::Cuda => {
+                    busy = busy.into_iter().max().into_iter().collect();
+                    1
                 }
+                DeviceKind::Cpu => row.slots(threads).clamp(busy.len().max(1), COLUMNS_PER_DEVICE_MAX),
             };
-            let best = (0..self.rows.len())
-                .filter(|at| apart(*at))
-                .filter(|at| !avoiding || need.avoids(&self.rows[*at].device).is_none())
-                .filter_map(|at| {
-                    let mates = taken.get(&at).copied().unwrap_or(0);
-                    let wanted = bytes.saturating_add(mates);
-                    let fits = matches!(self.rows[at].rate(need, wanted, world), Reason::Fits { .. });
-                    fits.then(|| (Reverse(self.rows[at].free_bytes(world).saturating_sub(mates)), at))
-                })
-                .min()?;
-            *taken.entry(best.1).or_default() += bytes;
-            chosen.push(best.1);
+            busy.sort_unstable_by(|a, b| b.cmp(a));
+            let ready = (0..slots).map(|slot| busy.get(slot).copied().unwrap_or(0));
+            columns.extend(ready.enumerate().map(|(slot, ready_ms)| Column { key: (id, slot), ready_ms }));
         }
-        Some(chosen)
+        columns
     }
 
-    fn reserve(&mut self, device: &DeviceRef, attempt: AttemptId, bytes: u64) {
-        if let Some(at) = self.find(device) {
-            self.rows[at].reserved_bytes = self.rows[at].reserved_bytes.saturating_add(bytes);
-            self.rows[at].attempts.insert(attempt);
+    /// Gives a shard its devices.
+    fn take(&mut self, key: &PoolKey, shard: ShardId, request: &Request, fits: &[(RowId, Fit)]) {
+        let fence = Fence(self.view.state.fences + 1 + self.placements.len() as u64);
+        let attempt = AttemptId { shard, fence };
+        let reasons = self.reasons(request, fits);
+        let mut seats = Vec::with_capacity(fits.len());
+        for (id, fit) in fits {
+            let expected_ms = fit.expected.ms;
+            let device = self.row(*id).device.clone();
+            let (role, bytes, lane, now) = (fit.seat.role, fit.bytes, fit.slot.lane, self.view.now);
+            let row = self.overlay.entry(*id).or_insert_with(|| self.view.row(*id).clone());
+            let body = row.lanes.entry(lane).or_default();
+            body.until = body.until.max(now).plus_ms(expected_ms);
+            body.seats.push(Occupant { attempt, role, bytes, threads: fit.seat.threads, expected_ms, since: now });
+            seats.push(PlacedSeat { role, device, reserved_bytes: bytes, lane, expected_ms });
         }
+        *self.started.entry(shard.run).or_default() += 1;
+        let reference_ms = self.view.reference_ms(request);
+        self.placements.push(Placement { attempt, pool: key.clone(), reference_ms, seats, reasons });
     }
 
-    fn find(&self, device: &DeviceRef) -> Option<usize> {
-        self.rows.binary_search_by(|row| row.device.cmp(device)).ok()
+    fn reasons(&self, request: &Request, fits: &[(RowId, Fit)]) -> Vec<Rated> {
+        let chosen = fits.iter().map(|(id, fit)| {
+            let row = self.row(*id);
+            let free_bytes = self.view.free_bytes(row, World::Now);
+            let (expected_ms, basis) = (fit.expected.ms, Some(fit.expected.basis));
+            Rated { device: row.device.clone(), reason: Reason::Chosen { free_bytes, expected_ms, basis } }
+        });
+        let mut reasons: Vec<Rated> = chosen.collect();
+        let worth = fits.iter().any(|(_, fit)| fit.expected.ms >= REASONS_WORTH_MS);
+        if worth && let Some(seat) = request.seats.first() {
+            let others = self.view.live.board.rows().filter(|(id, _)| fits.iter().all(|(taken, _)| taken != id));
+            let left = REASONS_PER_PLACEMENT_MAX.saturating_sub(reasons.len());
+            for (id, _) in others.take(left) {
+                let row = self.row(id);
+                let reason = match self.view.rate(row, request, seat, World::Now) {
+                    Reason::Fits { .. } => {
+                        Reason::Slower { expected_ms: self.view.expected(row, request, seat.role).ms }
+                    }
+                    other => other,
+                };
+                reasons.push(Rated { device: row.device.clone(), reason });
+            }
+        }
+        reasons
     }
 }
 
-impl Row<'_> {
-    fn has_slot(&self) -> bool {
-        let max = match self.body.kind {
-            DeviceKind::Cpu => ATTEMPTS_PER_CPU_MAX,
-            DeviceKind::Cuda => ATTEMPTS_PER_GPU_MAX,
-        };
-        self.attempts.len() < max
-    }
-
-    /// Memory that a further seat may have. What our own executors hold counts as free: it is either reserved below, or kept
-    /// warm and given up when needed. What others hold does not.
-    fn free_bytes(&self, world: World) -> u64 {
-        let budget = self.body.memory_budget_bytes;
-        let observed = |telemetry: &Telemetry| telemetry.memory_free_bytes.saturating_add(telemetry.memory_ours_bytes);
-        match world {
-            World::Someday => budget,
-            World::Idle => self.telemetry.map_or(0, observed).min(budget),
-            World::Now => self.telemetry.map_or(0, observed).min(budget).saturating_sub(self.reserved_bytes),
-        }
-    }
-
-    fn rate(&self, need: &Need<'_>, need_bytes: u64, world: World) -> Reason {
-        if let Some(reason) = self.never(need, need_bytes) {
-            return reason;
-        }
-        if world != World::Someday
-            && let Some(reason) = self.not_now(need_bytes, world)
-        {
-            return reason;
-        }
-        Reason::Fits { free_bytes: self.free_bytes(world) }
-    }
-
-    fn never(&self, need: &Need<'_>, need_bytes: u64) -> Option<Reason> {
-        if self.worker.revoked {
-            return Some(Reason::Revoked);
-        }
-        if let Some(why) = &self.body.unusable {
-            return Some(Reason::Unusable { why: why.clone() });
-        }
-        if let Some(model) = need.models.iter().find(|model| !self.worker.has_model(model)) {
-            return Some(Reason::ModelAbsent { model: (*model).to_owned() });
-        }
-        let budget_bytes = self.body.memory_budget_bytes;
-        (need_bytes > budget_bytes).then_some(Reason::BudgetTooSmall { need_bytes, budget_bytes })
-    }
-
-    fn not_now(&self, need_bytes: u64, world: World) -> Option<Reason> {
-        match self.worker_state {
-            WorkerState::Lost | WorkerState::Revoked => return Some(Reason::Offline),
-            WorkerState::Suspect => return Some(Reason::Silent { since: self.heard_at }),
-            WorkerState::Draining => return Some(Reason::Draining),
-            WorkerState::Online => {}
-        }
-        let Some(telemetry) = self.telemetry else { return Some(Reason::NotMeasured) };
-        if let Some(what) = &telemetry.sick {
-            return Some(Reason::Sick { what: what.clone() });
-        }
-        if world == World::Now && !self.has_slot() {
-            return self.attempts.first().map(|attempt| Reason::Busy { attempt: *attempt });
-        }
-        let free_bytes = self.free_bytes(world);
-        (need_bytes > free_bytes).then_some(Reason::MemoryShort { need_bytes, free_bytes })
-    }
+/// A place in a plan: one seat at a time on one device.
+struct Column {
+    key: (RowId, usize),
+    ready_ms: u64,
 }
+
+/// How a seat goes onto a row.
+#[derive(Debug, Clone, Copy)]
+struct Fit {
+    seat: SeatNeed,
+    bytes: u64,
+    expected: Expected,
+    slot: Slot,
+}
+
+mod gang;

@@ -9,6 +9,7 @@ use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
 use super::status::Verdict;
+use super::throughput::Basis;
 
 /// A device with the reason it got.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,10 +23,16 @@ pub struct Rated {
 /// Why a device would do for a seat, or not. Displays as a fragment that fits behind the device's name and a colon.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Reason {
-    /// A seat was put there: it had the most free memory of what fits.
+    /// A seat was put there: it is expected to end earliest there.
     Chosen {
         /// Free for bonepile before, bytes.
         free_bytes: u64,
+        /// Expected time there, milliseconds.
+        #[serde(default)]
+        expected_ms: u64,
+        /// How the time was predicted.
+        #[serde(default)]
+        basis: Option<Basis>,
     },
     /// It would do.
     Fits {
@@ -84,6 +91,49 @@ pub enum Reason {
         /// The attempt that failed.
         attempt: AttemptId,
     },
+    /// The worker's operator does not let programs of researchers run.
+    CommandsForbidden,
+    /// The worker lacks a label that the experiment asks for.
+    LabelAbsent {
+        /// `name=value`.
+        label: String,
+    },
+    /// The experiment asks for another sort of device.
+    OtherDevice {
+        /// What it asks for.
+        wanted: String,
+    },
+    /// Its compute capability is too low, or it has none.
+    CapabilityLow {
+        /// The least that will do.
+        least: String,
+    },
+    /// It does not compute in a number format at a useful rate.
+    DtypeAbsent {
+        /// `bf16`.
+        dtype: String,
+    },
+    /// An hour of it costs more than the experiment may pay.
+    PriceHigh {
+        /// Its price, millionths of a US dollar.
+        price_microusd_per_hour: u64,
+        /// The most allowed, millionths of a US dollar.
+        max_microusd_per_hour: u64,
+    },
+    /// The worker's build has no kernel for this card for this class of work, as was found by trying.
+    NoKernel,
+    /// Several shards in a row failed there.
+    Quarantined {
+        /// When it gets another try.
+        until: UnixMillis,
+    },
+    /// It would end there later than elsewhere, waiting for that included.
+    Slower {
+        /// Expected time there, milliseconds.
+        expected_ms: u64,
+    },
+    /// Kept free for a shard that needs several devices at once.
+    Held,
 }
 
 impl Reason {
@@ -92,9 +142,17 @@ impl Reason {
         match self {
             Self::Chosen { .. } => Verdict::Chosen,
             Self::Fits { .. } => Verdict::Fits,
-            Self::Revoked | Self::Unusable { .. } | Self::ModelAbsent { .. } | Self::BudgetTooSmall { .. } => {
-                Verdict::Never
-            }
+            Self::Revoked
+            | Self::Unusable { .. }
+            | Self::ModelAbsent { .. }
+            | Self::BudgetTooSmall { .. }
+            | Self::CommandsForbidden
+            | Self::LabelAbsent { .. }
+            | Self::OtherDevice { .. }
+            | Self::CapabilityLow { .. }
+            | Self::DtypeAbsent { .. }
+            | Self::PriceHigh { .. }
+            | Self::NoKernel => Verdict::Never,
             Self::Offline
             | Self::Silent { .. }
             | Self::Draining
@@ -102,6 +160,9 @@ impl Reason {
             | Self::NotMeasured
             | Self::Busy { .. }
             | Self::MemoryShort { .. }
+            | Self::Quarantined { .. }
+            | Self::Slower { .. }
+            | Self::Held
             | Self::FailedHere { .. } => Verdict::NotNow,
         }
     }
@@ -110,7 +171,13 @@ impl Reason {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Chosen { free_bytes } => write!(f, "chosen, had {} free", Bytes(*free_bytes)),
+            Self::Chosen { free_bytes, expected_ms, basis } => {
+                write!(f, "chosen, had {} free", Bytes(*free_bytes))?;
+                match basis {
+                    Some(basis) => write!(f, ", {} expected ({basis})", Span(*expected_ms)),
+                    None => Ok(()),
+                }
+            }
             Self::Fits { free_bytes } => write!(f, "fits, {} free", Bytes(*free_bytes)),
             Self::Revoked => f.write_str("its worker's certificate was revoked"),
             Self::Unusable { why } => write!(f, "not usable: {why}"),
@@ -128,6 +195,56 @@ impl fmt::Display for Reason {
                 write!(f, "{} free, {} needed", Bytes(*free_bytes), Bytes(*need_bytes))
             }
             Self::FailedHere { attempt } => write!(f, "{attempt} failed there, another device goes first"),
+            Self::CommandsForbidden => {
+                f.write_str("its operator does not allow commands (`bonepile-worker run --allow-commands`)")
+            }
+            Self::LabelAbsent { label } => write!(f, "its worker has no label {label}"),
+            Self::OtherDevice { wanted } => write!(f, "the experiment asks for {wanted}"),
+            Self::CapabilityLow { least } => write!(f, "its compute capability is below {least}"),
+            Self::DtypeAbsent { dtype } => write!(f, "it does not compute in {dtype} at a useful rate"),
+            Self::PriceHigh { price_microusd_per_hour, max_microusd_per_hour } => write!(
+                f,
+                "an hour of it costs {}, the experiment pays {}",
+                Dollars(*price_microusd_per_hour),
+                Dollars(*max_microusd_per_hour)
+            ),
+            Self::NoKernel => f.write_str("its build has no kernel for this card for such work"),
+            Self::Quarantined { .. } => {
+                f.write_str("in quarantine after several failures in a row (`bonepile release` ends it)")
+            }
+            Self::Slower { expected_ms } => {
+                write!(f, "would take {} there, waiting for another ends earlier", Span(*expected_ms))
+            }
+            Self::Held => f.write_str("kept free for a shard that needs several devices at once"),
+        }
+    }
+}
+
+/// A time for people: `850 ms`, `12 s`, `3 min`, `2.5 h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span(pub u64);
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0..1_000 => write!(f, "{} ms", self.0),
+            1_000..120_000 => write!(f, "{} s", (self.0 + 500) / 1000),
+            120_000..7_200_000 => write!(f, "{} min", (self.0 + 30_000) / 60_000),
+            _ => write!(f, "{}.{} h", self.0 / 3_600_000, self.0 / 360_000 % 10),
+        }
+    }
+}
+
+/// Money for people, from millionths of a US dollar: `$0.35`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dollars(pub u64);
+
+impl fmt::Display for Dollars {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => f.write_str("$0"),
+            1..10_000 => write!(f, "${}.{:06}", self.0 / 1_000_000, self.0 % 1_000_000),
+            _ => write!(f, "${}.{:02}", self.0 / 1_000_000, self.0 / 10_000 % 100),
         }
     }
 }

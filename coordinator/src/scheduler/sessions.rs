@@ -3,7 +3,7 @@
 //! A worker's list of held seats is compared with the journal each time it speaks: that is the whole of re-adoption after a
 //! restart of either side.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use protocol::control::{
@@ -14,13 +14,14 @@ use protocol::hardware::{Device, Telemetry};
 use protocol::ids::{AttemptId, DeviceRef, Role, WorkerId};
 use protocol::limits::{DEVICES_PER_WORKER_MAX, HEARTBEAT_INTERVAL_MS, LABELS_MAX, SEATS_AHEAD_MAX, clean_text};
 
+use super::board::Row;
 use super::event::{Event, Report};
 use super::input::{Answer, Connected, Effect, Rejection};
 use super::live::Session;
 use super::machine::Scheduler;
-use super::placement::Board;
 use super::state::AttemptState;
 use super::timer::Timer;
+use super::view::View;
 
 /// A start that a worker has not taken up by then is sent again, milliseconds: a heartbeat that crossed it on the way says
 /// nothing.
@@ -93,6 +94,7 @@ impl Scheduler {
         known.heard_at = now;
         let telemetry = heartbeat.telemetry.into_iter().take(DEVICES_PER_WORKER_MAX).map(clean_telemetry);
         known.telemetry = telemetry.map(|telemetry| (telemetry.device.clone(), telemetry)).collect();
+        self.live.board.touch(worker);
         self.reconcile(worker, &heartbeat.held, Occasion::Heartbeat);
         self.unsettled = true;
     }
@@ -119,13 +121,15 @@ impl Scheduler {
                 }
             }
         }
-        let holds =
-            |attempt: AttemptId, role: Role| held.iter().any(|seat| seat.attempt == attempt && seat.role == role);
-        let unheld: Vec<_> = self
-            .state
-            .unfinished_seats()
-            .filter(|(attempt, seat)| seat.device.worker == worker && !holds(*attempt, seat.role))
-            .map(|(attempt, seat)| (attempt, seat.role, seat.freed))
+        let named: BTreeSet<_> = held.iter().map(|seat| (seat.attempt, seat.role)).collect();
+        let holds = |attempt: AttemptId, role: Role| named.contains(&(attempt, role));
+        let open = self.live.seats_of.get(&worker).into_iter().flatten();
+        let freed = |attempt: AttemptId, role: Role| {
+            self.state.attempt(attempt).and_then(|body| body.seat(role)).is_some_and(|seat| seat.freed)
+        };
+        let unheld: Vec<_> = open
+            .filter(|(attempt, role)| !holds(*attempt, *role))
+            .map(|(attempt, role)| (*attempt, *role, freed(*attempt, *role)))
             .collect();
         for (attempt, role, freed) in unheld {
             if restarted || freed {
@@ -172,8 +176,9 @@ impl Scheduler {
     /// device still has room.
     fn resume(&mut self, worker: WorkerId, id: AttemptId, role: Role, progress: &SeatProgress, restarted: bool) {
         let room = self.state.attempt(id).and_then(|attempt| attempt.seat(role)).is_some_and(|seat| {
-            let board = Board::survey(&self.state, &self.live, self.now);
-            restarted || seat.freed || board.has_room_for(&seat.device, seat.reserved_bytes)
+            let view = View { state: &self.state, live: &self.live, now: self.now };
+            let threads = self.state.shard(id.shard).and_then(|shard| shard.spec.threads());
+            restarted || seat.freed || view.has_room_for(&seat.device, seat.reserved_bytes, threads, id)
         });
         if room {
             self.emit(Event::AttemptResumed { attempt: id });
@@ -200,12 +205,10 @@ impl Scheduler {
         for device in devices {
             loop {
                 let budget = self.state.device(&device).map_or(0, |body| body.memory_budget_bytes);
-                let holders = self.state.unfinished_seats().filter(|(_, seat)| seat.device == device);
-                let (mut sum, mut newest) = (0u64, None);
-                for (attempt, seat) in holders {
-                    sum = sum.saturating_add(seat.held_bytes());
-                    newest = newest.max(Some((attempt.fence, attempt, seat.role)));
-                }
+                let row = self.live.board.find(&device);
+                let sum = row.map_or(0, Row::reserved_bytes);
+                let seats = row.into_iter().flat_map(|row| row.lanes.values()).flat_map(|lane| &lane.seats);
+                let newest = seats.map(|seat| (seat.attempt.fence, seat.attempt, seat.role)).max();
                 let Some((_, attempt, role)) = newest.filter(|_| sum > budget) else { break };
                 let failure = Failure::new(FailureKind::ExecutorLost, format!("{device} has no room for it any more"));
                 self.fail_attempt(attempt, role, failure, true);

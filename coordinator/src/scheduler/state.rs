@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::control::{Failure, FailureKind, Output, Usage};
+use protocol::control::{Failure, FailureKind, Output, Terms, Usage};
 use protocol::experiment::ShardSpec;
 use protocol::group::Group;
 use protocol::hardware::{Device, DeviceKind};
@@ -15,8 +15,10 @@ use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
 use super::event::{Report, Settings, hex32};
+use super::learned::{self, Peak};
 use super::reason::Rated;
 use super::status::{RunState, ShardState, TokenState};
+use super::throughput::Table;
 
 /// Everything that must survive a restart.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -35,6 +37,14 @@ pub struct State {
     pub workers: BTreeMap<WorkerId, Worker>,
     /// Runs, finished ones too.
     pub runs: BTreeMap<RunId, Run>,
+    /// The throughput table.
+    pub table: Table,
+    /// Memory that work classes were seen to take, by seat class.
+    pub peaks: BTreeMap<String, Peak>,
+    /// (class, device model, build) for which a kernel was found missing.
+    pub kernels_missing: BTreeSet<(String, String, String)>,
+    /// Devices whose last attempts failed.
+    pub records: BTreeMap<String, learned::DeviceRecord>,
 }
 
 /// A join token.
@@ -136,6 +146,8 @@ pub struct Run {
     pub waiting: BTreeSet<u32>,
     /// Indices of the shards with an open attempt.
     pub running: BTreeSet<u32>,
+    /// Shards of each experiment that have not committed.
+    pub uncommitted: Vec<u32>,
 }
 
 /// A shard.
@@ -190,6 +202,8 @@ pub enum AttemptState {
     },
     /// Its run was cancelled.
     Cancelled,
+    /// Another attempt of the shard committed first.
+    Superseded,
 }
 
 /// A seat of an attempt.
@@ -208,6 +222,9 @@ pub struct Seat {
     /// Seats of one device in one lane run one after another.
     #[serde(default)]
     pub lane: u32,
+    /// How long it was expected to take, milliseconds; 0: not known.
+    #[serde(default)]
+    pub expected_ms: u64,
     /// Its process is over, its outcome is still to come: the device is free.
     pub freed: bool,
     /// What it made, once that is known.
@@ -242,14 +259,20 @@ impl State {
 
     /// Every open attempt, by shard.
     pub fn open_attempts(&self) -> impl Iterator<Item = (AttemptId, &Shard, &Attempt)> {
-        self.runs.iter().flat_map(|(run, body)| {
-            body.running.iter().filter_map(move |index| {
-                let shard = body.shards.get(*index as usize)?;
-                let attempt = shard.open_attempt()?;
-                let id = AttemptId { shard: ShardId { run: *run, index: *index }, fence: attempt.fence };
-                Some((id, shard, attempt))
+        self.runs
+            .iter()
+            .flat_map(|(run, body)| {
+                body.running.iter().filter_map(move |index| {
+                    let shard = body.shards.get(*index as usize)?;
+                    let id = ShardId { run: *run, index: *index };
+                    Some(
+                        shard
+                            .open_attempts()
+                            .map(move |attempt| (AttemptId { shard: id, fence: attempt.fence }, shard, attempt)),
+                    )
+                })
             })
-        })
+            .flatten()
     }
 
     /// Every seat of an open attempt whose outcome is not known, by attempt.
@@ -268,7 +291,50 @@ impl State {
     }
 }
 
+impl Worker {
+    /// What its operator says of it, if it ever greeted.
+    pub fn terms(&self) -> Option<&Terms> {
+        self.report.as_ref().map(|report| &report.terms)
+    }
+}
+
+/// What was learned.
+impl State {
+    /// Whether a build was found to have no kernel for a device model, for a class of work.
+    pub fn lacks_kernel(&self, class: &str, device_model: &str, build: &str) -> bool {
+        !self.kernels_missing.is_empty()
+            && self.kernels_missing.contains(&(class.to_owned(), device_model.to_owned(), build.to_owned()))
+    }
+
+    /// Until when a device gets nothing.
+    pub fn quarantined_until(&self, device: &DeviceRef) -> Option<UnixMillis> {
+        if self.records.is_empty() {
+            return None;
+        }
+        self.records.get(&device.to_string())?.quarantined_until
+    }
+}
+
 impl Run {
+    /// The experiment that a shard belongs to.
+    pub fn group_of(&self, index: u32) -> Option<&Group> {
+        self.groups.get(self.group_index(index)?)
+    }
+
+    /// The place of a shard's experiment.
+    pub fn group_index(&self, index: u32) -> Option<usize> {
+        let at = self.groups.partition_point(|group| group.first <= index);
+        // Of several that begin there all but the last are empty.
+        at.checked_sub(1)
+    }
+
+    /// Whether every experiment that this one waits for has committed.
+    pub fn is_ready(&self, group: usize) -> bool {
+        self.groups.get(group).is_some_and(|group| {
+            group.after.iter().all(|earlier| self.uncommitted.get(*earlier as usize).is_some_and(|left| *left == 0))
+        })
+    }
+
     /// Number of shards in `state`.
     pub fn count(&self, state: ShardState) -> usize {
         match state {
@@ -280,19 +346,24 @@ impl Run {
 }
 
 impl Shard {
-    /// The newest attempt: the only one that may commit.
+    /// The newest attempt.
     pub fn newest(&self) -> Option<&Attempt> {
         self.attempts.last()
     }
 
-    /// The newest attempt if it is open.
+    /// The newest open attempt.
     pub fn open_attempt(&self) -> Option<&Attempt> {
-        self.newest().filter(|attempt| attempt.state == AttemptState::Open)
+        self.open_attempts().next_back()
+    }
+
+    /// Its open attempts, oldest first: one, or two while a straggler is tried again elsewhere.
+    pub fn open_attempts(&self) -> impl DoubleEndedIterator<Item = &Attempt> {
+        self.attempts.iter().filter(|attempt| attempt.state == AttemptState::Open)
     }
 
     /// The attempt that committed.
     pub fn committed_attempt(&self) -> Option<&Attempt> {
-        self.newest().filter(|attempt| attempt.state == AttemptState::Committed)
+        self.attempts.iter().rev().find(|attempt| attempt.state == AttemptState::Committed)
     }
 
     /// The attempt `fence` if its worker was given up as lost but nothing was placed since, and every seat but `role` is
@@ -322,6 +393,11 @@ impl Attempt {
     /// The seat of this role.
     pub fn seat(&self, role: Role) -> Option<&Seat> {
         self.seats.iter().find(|seat| seat.role == role)
+    }
+
+    /// Whether any seat made an artifact.
+    pub fn has_outputs(&self) -> bool {
+        self.seats.iter().filter_map(|seat| seat.outcome.as_ref()).any(|outcome| !outcome.outputs.is_empty())
     }
 
     /// Seats whose outcome is not known.

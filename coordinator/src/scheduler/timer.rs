@@ -14,6 +14,8 @@ pub enum Timer {
     Lease(AttemptId, Role),
     /// When to look at a shard again that waits after a failure.
     Retry(ShardId),
+    /// When an attempt has taken so much longer than expected that another device might overtake it.
+    Straggler(AttemptId),
 }
 
 /// The deadlines that are set, at most one a timer.

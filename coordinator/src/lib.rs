@@ -9,6 +9,7 @@
 //! - [`cli`]: the command line of operators and researchers. [`demo`]: a whole cluster on one machine.
 //! - [`report`]: results as tables and as a page.
 
+pub mod forecast;
 pub mod scheduler;
 
 #[cfg(feature = "runtime")]

@@ -282,11 +282,21 @@ impl Row {
         if self.has_slot(threads, None) {
             return now;
         }
-        self.lanes.values().map(|lane| lane.until).min().unwrap_or(now).max(now)
+        now.plus_ms(self.lanes.values().map(|lane| lane.remaining_ms(now)).min().unwrap_or(0))
     }
 }
 
 impl Lane {
+    /// How long until its last seat is expected to be over, milliseconds. What takes longer than expected is taken to need a
+    /// quarter of that again.
+    pub fn remaining_ms(&self, now: UnixMillis) -> u64 {
+        let overdue = self.seats.first().map_or(0, |seat| {
+            let elapsed = now.since_ms(seat.since);
+            if elapsed > seat.expected_ms { elapsed / 4 } else { 0 }
+        });
+        self.until.since_ms(now).max(overdue)
+    }
+
     /// Memory of its largest seat.
     pub fn bytes(&self) -> u64 {
         self.seats.iter().map(|seat| seat.bytes).max().unwrap_or(0)

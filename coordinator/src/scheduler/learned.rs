@@ -40,7 +40,9 @@ impl Peak {
 
     /// An estimate as far as it was not refuted.
     pub fn correct(&self, estimate_bytes: u64) -> u64 {
-        estimate_bytes.max(self.max_bytes.saturating_add(self.max_bytes / 20)).max(self.floor_bytes)
+        // What stayed within the estimate says nothing against it.
+        let seen = if self.max_bytes > estimate_bytes { self.max_bytes.saturating_add(self.max_bytes / 20) } else { 0 };
+        estimate_bytes.max(seen).max(self.floor_bytes)
     }
 }
 

@@ -70,6 +70,10 @@ impl Scheduler {
     #[must_use]
     pub fn forecast(mut self) -> Self {
         self.live.is_forecast = true;
+        self.state.settings.lease_ttl_ms = u64::MAX / 4;
+        for (attempt, role) in self.live.seats.keys().copied().collect::<Vec<_>>() {
+            self.renew_lease(attempt, role);
+        }
         self
     }
 

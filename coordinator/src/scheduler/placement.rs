@@ -394,7 +394,7 @@ impl Round<'_> {
         let mut columns = Vec::new();
         for (id, row) in self.view.live.board.rows().filter(|(_, row)| self.view.in_service(row)) {
             let row = self.overlay.get(&id).unwrap_or(row);
-            let mut busy: Vec<u64> = row.lanes.values().map(|lane| lane.until.since_ms(now)).collect();
+            let mut busy: Vec<u64> = row.lanes.values().map(|lane| lane.remaining_ms(now)).collect();
             let slots = match row.body.kind {
                 // Seats that share a card take turns: its column is free when all of them are done.
                 DeviceKind::Cuda => {

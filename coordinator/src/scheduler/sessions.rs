@@ -167,7 +167,7 @@ impl Scheduler {
         self.renew_lease(attempt, role);
     }
 
-    fn renew_lease(&mut self, attempt: AttemptId, role: Role) {
+    pub(super) fn renew_lease(&mut self, attempt: AttemptId, role: Role) {
         let until = self.now.plus_ms(self.state.settings.lease_ttl_ms);
         self.live.timers.set(Timer::Lease(attempt, role), until);
     }

@@ -265,15 +265,26 @@ fn likeness(one: &str, other: &str) -> i64 {
     if one == other {
         return 2 * WEIGHT_OF_SIBLING;
     }
+    // Kinds say what sort of work it is; programs have nothing in common but that they are programs.
+    let ((kind, one), (other_kind, other)) = (split_kind(one), split_kind(other));
+    if kind != other_kind {
+        return 1;
+    }
     let longest = parts(one).count().max(parts(other).count());
     let shared = parts(one).zip(parts(other)).take_while(|(a, b)| a == b).count();
     match shared {
-        0 => 1,
+        0 if kind == "command" || kind.is_empty() => 1,
+        0 => 2,
         shared => {
             let share = i64::try_from(shared * 100 / longest.max(1)).unwrap_or(0);
             1 + (WEIGHT_OF_SIBLING - 1) * (share + 40).min(100) / 100
         }
     }
+}
+
+/// `("inspect", "gemma")` of `inspect/gemma`.
+fn split_kind(class: &str) -> (&str, &str) {
+    class.split_once('/').unwrap_or(("", class))
 }
 
 fn parts(name: &str) -> impl Iterator<Item = &str> {

@@ -10,11 +10,13 @@ use protocol::results::ShardResult;
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
+pub mod plan;
+
 pub use crate::scheduler::{RunState, ShardState, TokenState, Verdict, WorkerState};
 
 /// Paths, version included. Served over the cluster's unix socket.
 pub mod route {
-    use protocol::ids::{RunId, ShardId, TokenId, WorkerId};
+    use protocol::ids::{DeviceRef, RunId, ShardId, TokenId, WorkerId};
 
     /// `GET`: [`super::ClusterInfo`].
     pub const CLUSTER: &str = "/v1/cluster";
@@ -24,6 +26,16 @@ pub mod route {
     pub const WORKERS: &str = "/v1/workers";
     /// `POST` [`super::TokenRequest`]: [`super::TokenCreated`]. `GET`: `Vec<`[`super::TokenRow`]`>`.
     pub const TOKENS: &str = "/v1/tokens";
+
+    /// `POST` [`super::plan::PlanRequest`]: [`super::plan::PlanAnswer`]. Changes nothing.
+    pub const PLAN: &str = "/v1/plan";
+    /// `GET`: `Vec<`[`super::plan::ThroughputRow`]`>`.
+    pub const THROUGHPUT: &str = "/v1/throughput";
+
+    /// `POST`, no body: ends the device's quarantine.
+    pub fn release(device: &DeviceRef) -> String {
+        format!("/v1/devices/{}/{}/release", device.worker, device.device)
+    }
 
     /// `GET`: [`super::RunDetail`].
     pub fn run(run: RunId) -> String {

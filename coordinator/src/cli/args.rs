@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use protocol::ids::{RunId, ShardId, TokenId, WorkerId};
+use protocol::ids::{DeviceId, DeviceRef, RunId, ShardId, TokenId, WorkerId};
 
 /// Research on KV caches over a heap of old GPU boxes.
 ///
@@ -37,8 +37,17 @@ pub enum Command {
     /// Let boxes join
     #[command(subcommand)]
     Token(TokenCommand),
-    /// Show the workers and their devices
-    Workers,
+    /// Show the workers and their devices, or what the throughput table has learned
+    Workers(WorkersArgs),
+    /// End a device's quarantine
+    Release(Release),
+    /// Show where a sweep's shards would go, how long it would take and what it would cost; submits nothing
+    Plan(PlanArgs),
+    /// Show what would be with other devices, or what a heap would have done with a trace
+    ///
+    /// With --add and --remove: the cluster as it would be, for what waits now and perhaps a sweep. With --throughputs, --trace
+    /// and --devices: a replay, by policy, without any cluster; docs/simulate.md describes the formats.
+    Simulate(SimulateArgs),
     /// Give a worker nothing new; it finishes what it has
     Drain(OneWorker),
     /// Give a drained worker work again
@@ -110,6 +119,60 @@ pub enum TokenCommand {
         /// Its id, as in t2
         token: TokenId,
     },
+}
+
+/// `workers`.
+#[derive(Debug, Args)]
+pub struct WorkersArgs {
+    /// Show the throughput table: units of work a second by class and device model
+    #[arg(long)]
+    pub throughput: bool,
+}
+
+/// `release`.
+#[derive(Debug, Args)]
+pub struct Release {
+    /// The device, as in w1/cpu
+    #[arg(value_parser = parse_device)]
+    pub device: DeviceRef,
+}
+
+/// `plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// The sweep, a TOML file
+    pub sweep: PathBuf,
+    /// Price of electricity
+    #[arg(long, value_name = "USD", default_value_t = 0.3)]
+    pub usd_per_kwh: f64,
+}
+
+/// `simulate`.
+#[derive(Debug, Args)]
+pub struct SimulateArgs {
+    /// A sweep to add to what waits
+    pub sweep: Option<PathBuf>,
+    /// Cards to add, as in gtx-1080:2
+    #[arg(long, value_name = "CARD:COUNT", value_delimiter = ',')]
+    pub add: Vec<String>,
+    /// Workers to take away
+    #[arg(long, value_name = "WORKER", value_delimiter = ',')]
+    pub remove: Vec<WorkerId>,
+    /// Price of electricity
+    #[arg(long, value_name = "USD", default_value_t = 0.3)]
+    pub usd_per_kwh: f64,
+    /// Replay: units of work a second by class and device model, JSON
+    #[arg(long, value_name = "FILE", requires_all = ["trace", "devices"], conflicts_with_all = ["sweep", "add", "remove"])]
+    pub throughputs: Option<PathBuf>,
+    /// Replay: the jobs, CSV
+    #[arg(long, value_name = "FILE", requires = "throughputs")]
+    pub trace: Option<PathBuf>,
+    /// Replay: the heap, as in k80:4,p100:4
+    #[arg(long, value_name = "LIST", requires = "throughputs")]
+    pub devices: Option<String>,
+    /// Replay: the model in whose seconds the trace counts; default: the first of the heap
+    #[arg(long, value_name = "MODEL", requires = "throughputs")]
+    pub reference: Option<String>,
 }
 
 /// A command about one worker.
@@ -200,6 +263,14 @@ pub struct Demo {
     /// Make the cluster here and leave it; default: a temporary directory, removed if all went well but for the results store
     #[arg(long, value_name = "DIR")]
     pub keep: Option<PathBuf>,
+}
+
+/// Reads `w1/cpu`.
+fn parse_device(text: &str) -> Result<DeviceRef, String> {
+    text.split_once('/')
+        .filter(|(_, device)| !device.is_empty())
+        .and_then(|(worker, device)| Some(DeviceRef { worker: worker.parse().ok()?, device: DeviceId(device.to_owned()) }))
+        .ok_or_else(|| "expected a device such as w1/cpu".to_owned())
 }
 
 /// Reads `90s`, `30m`, `2h` or `7d`, from a second to a year.

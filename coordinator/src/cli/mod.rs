@@ -11,6 +11,7 @@ pub mod failure;
 pub mod init;
 pub mod models;
 pub mod operate;
+pub mod planning;
 pub mod output;
 pub mod progress;
 pub mod research;
@@ -64,7 +65,11 @@ fn run(context: &mut Context, command: Command) -> Outcome {
 async fn ask(context: &mut Context, command: Command) -> Outcome {
     match command {
         Command::Token(command) => operate::token(context, &command).await,
-        Command::Workers => operate::workers(context).await,
+        Command::Workers(args) if args.throughput => planning::throughput(context).await,
+        Command::Workers(_) => operate::workers(context).await,
+        Command::Release(args) => planning::release(context, &args).await,
+        Command::Plan(args) => planning::plan(context, &args).await,
+        Command::Simulate(args) => planning::simulate(context, &args).await,
         Command::Drain(args) => operate::order_worker(context, &args, route::drain).await,
         Command::Undrain(args) => operate::order_worker(context, &args, route::undrain).await,
         Command::Revoke(args) => operate::order_worker(context, &args, route::revoke_worker).await,

@@ -5,7 +5,7 @@
 use std::net::SocketAddr;
 
 use protocol::control::{Hello, Refused, ToCoordinator, ToWorker, Welcome, close, refusal};
-use protocol::ids::{AttemptId, RunId, ShardId, TokenId, WorkerId};
+use protocol::ids::{AttemptId, DeviceRef, RunId, ShardId, TokenId, WorkerId};
 use protocol::store::Manifest;
 use protocol::time::UnixMillis;
 use tokio::sync::{mpsc, oneshot};
@@ -14,6 +14,8 @@ use crate::api::{
     ApiError, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunResults, RunSummary, SubmitAnswer,
     TokenRow, TokenState, WorkerRow,
 };
+
+use crate::scheduler::Scheduler;
 
 pub use crate::scheduler::NewRun;
 
@@ -148,6 +150,19 @@ pub enum Command {
         id: TokenId,
         reply: oneshot::Sender<Result<TokenRow, ApiError>>,
     },
+    /// [`DriverHandle::snapshot`].
+    Snapshot {
+        /// The copy.
+        reply: oneshot::Sender<Result<Box<Scheduler>, ApiError>>,
+    },
+    /// [`DriverHandle::release`].
+    Release {
+        /// The device.
+        device: DeviceRef,
+        /// Done.
+        reply: oneshot::Sender<Result<(), ApiError>>,
+    },
+    /// [`DriverHandle::cluster`].
     Cluster {
         reply: oneshot::Sender<Result<ClusterInfo, ApiError>>,
     },
@@ -338,6 +353,16 @@ impl DriverHandle {
     /// Withdraws a token; boxes that joined with it stay.
     pub async fn revoke_token(&self, id: TokenId) -> Result<TokenRow, ApiError> {
         self.ask(|reply| Command::RevokeToken { id, reply }).await?
+    }
+
+    /// A copy of the scheduler, to be asked what it would do.
+    pub async fn snapshot(&self) -> Result<Box<Scheduler>, ApiError> {
+        self.ask(|reply| Command::Snapshot { reply }).await?
+    }
+
+    /// Ends a device's quarantine.
+    pub async fn release(&self, device: DeviceRef) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Release { device, reply }).await?
     }
 
     /// The cluster in one page; `listen` is left empty for who opened the port.

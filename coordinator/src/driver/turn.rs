@@ -183,6 +183,10 @@ impl Driver {
                 let answer = answer.and_then(|_| self.view().token(id));
                 self.replies.later(reply, answer);
             }
+            Command::Release { device, reply } => {
+                let answer = self.ask(Input::ReleaseDevice(device)).map(|_| ()).map_err(ApiError::from);
+                self.replies.later(reply, answer);
+            }
             Command::Stop { reply } => self.stopping = Some(reply),
             question => self.answer(question),
         }
@@ -237,6 +241,10 @@ impl Driver {
                 let tokens = Ok(self.view().tokens());
                 self.replies.later(reply, tokens);
             }
+            Command::Snapshot { reply } => {
+                let copy = Ok(Box::new(self.scheduler.clone()));
+                self.replies.later(reply, copy);
+            }
             Command::Cluster { reply } => {
                 let cluster = Ok(self.view().cluster(&self.parts));
                 self.replies.later(reply, cluster);
@@ -280,6 +288,8 @@ impl Driver {
             CreateToken,
             Tokens,
             RevokeToken,
+            Snapshot,
+            Release,
             Cluster
         );
     }

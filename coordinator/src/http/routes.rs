@@ -17,16 +17,16 @@ use protocol::limits::TOKEN_TTL_MS;
 use protocol::sweep::Sweep;
 use serde::de::DeserializeOwned;
 
-use super::{BODY_BYTES_MAX, Failed, HttpParts, results};
+use super::{BODY_BYTES_MAX, Failed, HttpParts, planning, results};
 use crate::api::{
     ApiError, CancelRequest, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunResults, RunSummary,
     SubmitAnswer, SubmitRequest, TokenCreated, TokenRequest, TokenRow, WorkerRow,
 };
 use crate::driver::NewRun;
 
-type Parts = State<Arc<HttpParts>>;
-type Body = Result<Bytes, BytesRejection>;
-type Answer<T> = Result<Json<T>, Failed>;
+pub(super) type Parts = State<Arc<HttpParts>>;
+pub(super) type Body = Result<Bytes, BytesRejection>;
+pub(super) type Answer<T> = Result<Json<T>, Failed>;
 
 pub(super) fn router(parts: Arc<HttpParts>) -> Router {
     Router::new()
@@ -37,6 +37,9 @@ pub(super) fn router(parts: Arc<HttpParts>) -> Router {
         .route("/v1/runs/{run}/cancel", post(cancel))
         .route("/v1/runs/{run}/retry", post(retry))
         .route("/v1/shards/{shard}/explain", get(explain))
+        .route("/v1/plan", post(planning::plan_route))
+        .route("/v1/throughput", get(planning::throughput))
+        .route("/v1/devices/{worker}/{device}/release", post(planning::release))
         .route("/v1/workers", get(workers))
         .route("/v1/workers/{worker}/drain", post(drain))
         .route("/v1/workers/{worker}/undrain", post(undrain))
@@ -63,22 +66,17 @@ async fn submit(State(parts): Parts, body: Body) -> Answer<SubmitAnswer> {
     // A large matrix takes a while to expand: not on a thread that others wait for.
     let read = tokio::task::spawn_blocking(move || {
         let sweep = Sweep::parse(&request.file, &request.text)?;
-        let Sweep { name, seed, priority, account, running_max, shards, groups } = sweep;
-        let SubmitRequest { file, text } = request;
-        Ok::<_, protocol::error::SourceError>(NewRun {
-            name,
-            priority,
-            seed,
-            account,
-            running_max,
-            file,
-            text,
-            specs: shards,
-            groups,
-        })
+        Ok::<_, protocol::error::SourceError>(new_run(sweep, request))
     });
     let run = read.await.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
     Ok(Json(parts.driver.submit(run.map_err(ApiError::from)?).await?))
+}
+
+/// A sweep as it is handed to the scheduler.
+pub(super) fn new_run(sweep: Sweep, request: SubmitRequest) -> NewRun {
+    let Sweep { name, seed, priority, account, running_max, shards: specs, groups } = sweep;
+    let SubmitRequest { file, text } = request;
+    NewRun { name, priority, seed, account, running_max, file, text, groups, specs }
 }
 
 async fn runs(State(parts): Parts) -> Answer<Vec<RunSummary>> {
@@ -151,7 +149,7 @@ async fn revoke_token(State(parts): Parts, Path(id): Path<String>) -> Answer<Tok
 }
 
 /// Reads a body. An empty one is an empty object: an order with nothing to add needs no body.
-fn read<T: DeserializeOwned>(body: Body) -> Result<T, Failed> {
+pub(super) fn read<T: DeserializeOwned>(body: Body) -> Result<T, Failed> {
     let bytes = body.map_err(|rejection| match rejection.status() {
         axum::http::StatusCode::PAYLOAD_TOO_LARGE => {
             ApiError::new(ErrorCode::TooLarge, format!("the request is over the limit of {BODY_BYTES_MAX} bytes"))
@@ -163,6 +161,6 @@ fn read<T: DeserializeOwned>(body: Body) -> Result<T, Failed> {
     read.map_err(|error| Failed(ApiError::new(ErrorCode::BadRequest, format!("the body does not read: {error}"))))
 }
 
-fn parse<T: FromStr<Err = ParseIdError>>(id: &str) -> Result<T, Failed> {
+pub(super) fn parse<T: FromStr<Err = ParseIdError>>(id: &str) -> Result<T, Failed> {
     id.parse().map_err(|error: ParseIdError| Failed(ApiError::new(ErrorCode::BadRequest, error.to_string())))
 }

@@ -234,6 +234,38 @@ fn the_tool_refuses_nonsense_before_it_looks_for_a_model() {
 }
 
 #[test]
+fn the_tool_shows_memory_by_phase() {
+    let (_directory, model) = tiny_file();
+    let document = |context: &str| -> serde_json::Value {
+        let output = tool(&["show", &model, "--context", context, "--threads", "3", "--json"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let memory = &document("640")["memory"];
+    assert_eq!((&memory["context_tokens"], &memory["threads"]), (&640.into(), &3.into()));
+    // Two layers, keys and values, two heads of 8; in halves, then in f32.
+    assert_eq!(memory["ways"][0]["context"], 640 * 2 * 2 * 2 * 8 * 2);
+    assert_eq!(memory["ways"][1]["context"], 640 * 2 * 2 * 2 * 8 * 4);
+    for way in memory["ways"].as_array().unwrap() {
+        let bytes = |key: &str| way[key].as_u64().unwrap();
+        let pass = way["prefill"]["peak"].as_u64().unwrap().max(way["decode"]["peak"].as_u64().unwrap());
+        let sum = ["weights", "tokenizer", "threads", "context"].map(bytes).iter().sum::<u64>() + pass;
+        assert_eq!(bytes("peak"), sum, "{way}");
+    }
+    assert_eq!(document("1")["memory"]["ways"][0]["prefill"]["tokens"], 1);
+    for context in ["0", "4097"] {
+        let output = tool(&["show", &model, "--context", context]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("this model has 1 to 4096"), "{said}");
+    }
+    let text = String::from_utf8(tool(&["show", &model]).stdout).unwrap();
+    assert!(
+        text.contains("one sequence of 1024 tokens, passes of 128,") && text.contains("the most at once"),
+        "{text}"
+    );
+}
+
+#[test]
 fn smollm2_writes_several_texts_at_once() {
     let Some((exact, _turn)) = load_real(SMOLLM2) else { return };
     let options = LoadOptions { precision: Precision::Stored, ..LoadOptions::default() };

@@ -240,7 +240,7 @@ impl TensorBuffers {
         let added = k.dim(1)?;
         let needed = self.used + added;
         if needed > self.k.dim(1)? {
-            let room = needed.max(2 * self.used).next_multiple_of(ROOM_MIN);
+            let room = tensor_room(self.used, needed);
             self.k = grown(&self.k, self.used, room)?;
             self.v = grown(&self.v, self.used, room)?;
         }
@@ -293,12 +293,12 @@ impl<T: Element> SliceBuffers<T> {
         }
     }
 
-    /// Room for more columns; an eighth of what is held at least, so that a long text is not moved at every token.
+    /// Makes room for more columns.
     fn make_room(&mut self, columns: usize) {
         for numbers in self.k.iter_mut().chain(&mut self.v) {
             let (held, needed) = (numbers.len() / self.head_dim, numbers.len() / self.head_dim + columns);
             if numbers.capacity() < needed * self.head_dim {
-                let room = needed.max(held + held / 8).next_multiple_of(ROOM_MIN);
+                let room = slice_room(held, needed);
                 numbers.reserve_exact((room - held) * self.head_dim);
             }
         }
@@ -312,6 +312,16 @@ impl<T: Element> SliceBuffers<T> {
     fn bytes(&self) -> usize {
         self.k.iter().chain(&self.v).map(|numbers| numbers.capacity() * size_of::<T>()).sum()
     }
+}
+
+/// Columns that buffers of tensors have room for when `held` must become `needed`.
+pub(super) fn tensor_room(held: usize, needed: usize) -> usize {
+    needed.max(2 * held).next_multiple_of(ROOM_MIN)
+}
+
+/// The same for slices: an eighth of what is held more at least, so that a long text is not moved at every token.
+pub(super) fn slice_room(held: usize, needed: usize) -> usize {
+    needed.max(held + held / 8).next_multiple_of(ROOM_MIN)
 }
 
 fn grown(buffer: &Tensor, used: usize, room: usize) -> Result<Tensor> {

@@ -111,8 +111,7 @@ impl Model {
         };
         let layout = Arc::new(CacheLayout::new(&config, fingerprint));
         let (precision, cache) = (options.precision, options.cache);
-        let pass_tokens = weight_bytes / PASS_SHARE / config.activation_bytes_per_token() as u64;
-        let pass_tokens = (pass_tokens as usize).clamp(PASS_TOKENS_MIN, PASS_TOKENS_MAX);
+        let pass_tokens = pass_tokens(&config, weight_bytes);
         Ok(Self {
             path: path.to_path_buf(),
             config,
@@ -218,6 +217,11 @@ impl Model {
     /// Number of ids, and so of logits at each position.
     pub fn vocabulary(&self) -> usize {
         self.decoder.vocabulary()
+    }
+
+    /// Bytes of embedding and head, which stay as stored.
+    pub fn table_bytes(&self) -> u64 {
+        self.decoder.table_bytes()
     }
 
     /// What a cache must look like to fit.
@@ -525,8 +529,14 @@ impl Model {
     }
 }
 
-/// Tokens of each pass but the last, for `all` tokens.
-fn piece_tokens(all: usize, most: usize) -> usize {
+/// Tokens that a pass takes at most, in a model with so many bytes of stored weights.
+pub(super) fn pass_tokens(config: &ModelConfig, weight_bytes: u64) -> usize {
+    let tokens = weight_bytes / PASS_SHARE / config.activation_bytes_per_token() as u64;
+    usize::try_from(tokens).unwrap_or(PASS_TOKENS_MAX).clamp(PASS_TOKENS_MIN, PASS_TOKENS_MAX)
+}
+
+/// Tokens of each pass but the last, for `all` tokens and `most` a pass.
+pub(super) fn piece_tokens(all: usize, most: usize) -> usize {
     all.div_ceil(all.div_ceil(most).max(1)).max(1)
 }
 

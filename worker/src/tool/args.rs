@@ -73,6 +73,9 @@ pub struct ShowArgs {
     /// List every tensor.
     #[arg(long)]
     pub tensors: bool,
+    /// Tokens of the sequence that memory is computed for.
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    pub context: usize,
     /// One JSON document.
     #[arg(long)]
     pub json: bool,

@@ -1,6 +1,6 @@
 //! `model show`: what a file holds and what running it takes.
 //!
-//! Memory is computed from sizes, not measured; `model bench` measures.
+//! Memory is computed from sizes by [`Footprint`], not measured; `model bench` measures.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -8,18 +8,36 @@ use std::io::Write;
 use serde_json::json;
 
 use super::args::{ShowArgs, ToolError, megabytes, print_json};
-use crate::model::{LoadOptions, Model, tensors};
+use crate::model::footprint::Pass;
+use crate::model::{CachePrecision, Footprint, LoadOptions, Model, Plan, Precision, StoredBytes, tensors};
+
+/// Ways to hold a model that memory is shown for: name, weights, running caches.
+const WAYS: [(&str, Precision, CachePrecision); 3] = [
+    ("stored, kv f16", Precision::Stored, CachePrecision::F16),
+    ("stored, kv f32", Precision::Stored, CachePrecision::F32),
+    ("f32, kv f32", Precision::F32, CachePrecision::F32),
+];
 
 /// Prints the model's facts.
 ///
 /// # Errors
-/// If the file is not there or not a model that this build runs.
+/// If the file is not there or not a model that this build runs, or has no positions for `--context`.
 pub fn show(args: &ShowArgs) -> Result<(), ToolError> {
     let (path, expected_fingerprint) = args.model.locate()?;
     let tensors = tensors(&path)?;
-    let precision = crate::model::Precision::Stored;
+    let precision = Precision::Stored;
     let model = Model::load(&path, &LoadOptions { expected_fingerprint, precision, ..LoadOptions::default() })?;
     let config = model.config();
+    if args.context == 0 || args.context > config.context_length {
+        let (asked, most) = (args.context, config.context_length);
+        return Err(ToolError::Request(format!("a context of {asked} tokens: this model has 1 to {most}")));
+    }
+    let threads = args.model.threads.unwrap_or_else(rayon::current_num_threads).max(1);
+    let stored = StoredBytes::of(&model)?;
+    let footprints = WAYS.map(|(name, precision, cache)| {
+        let plan = Plan { precision, cache, tokens: args.context, sequences: 1, threads };
+        (name, Footprint::new(config, model.vocabulary(), stored, &plan))
+    });
     let mut kinds: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
     for tensor in tensors.values() {
         let entry = kinds.entry(format!("{:?}", tensor.dtype)).or_default();
@@ -28,7 +46,6 @@ pub fn show(args: &ShowArgs) -> Result<(), ToolError> {
         entry.2 += tensor.bytes as u64;
     }
     let parameters: u64 = kinds.values().map(|kind| kind.1).sum();
-    let stored_bytes: u64 = kinds.values().map(|kind| kind.2).sum();
     let windows: Vec<_> = config.layers.iter().map(|layer| layer.window).collect();
     let facts = json!({
         "file": path.display().to_string(),
@@ -50,12 +67,10 @@ pub fn show(args: &ShowArgs) -> Result<(), ToolError> {
         "tensor_types": kinds.iter().map(|(kind, (count, values, bytes))| {
             json!({ "type": kind, "tensors": count, "values": values, "bytes": bytes })
         }).collect::<Vec<_>>(),
-        "memory_bytes": {
-            "weights_stored": stored_bytes,
-            "weights_f32": 4 * parameters,
-            "cache_1000_tokens_f32": 1000 * config.kv_bytes_per_token(),
-            "prefill_512_scores_f32": 4 * config.heads * 512 * 512,
-            "logits_one_position_f32": 4 * model.tokenizer().size(),
+        "memory": {
+            "context_tokens": args.context,
+            "threads": threads,
+            "ways": footprints.iter().map(way).collect::<Vec<_>>(),
         },
     });
     if args.json {
@@ -85,13 +100,67 @@ pub fn show(args: &ShowArgs) -> Result<(), ToolError> {
     for (kind, (count, values, bytes)) in &kinds {
         writeln!(out, "{:<16} {count} of {kind}, {values} values, {}", "tensors", megabytes(*bytes))?;
     }
-    for (phase, bytes) in facts["memory_bytes"].as_object().into_iter().flatten() {
-        writeln!(out, "{:<16} {phase}: {}", "memory", megabytes(bytes.as_u64().unwrap_or(0)))?;
-    }
+    memory(&mut out, args.context, threads, &footprints)?;
     if args.tensors {
         for (name, tensor) in &tensors {
             writeln!(out, "{name}  {:?} {:?}  {}", tensor.dtype, tensor.shape, megabytes(tensor.bytes as u64))?;
         }
+    }
+    Ok(())
+}
+
+/// One way to hold the model, as JSON.
+fn way((name, footprint): &(&str, Footprint)) -> serde_json::Value {
+    let pass = |pass: &Pass| {
+        json!({
+            "tokens": pass.tokens,
+            "activations": pass.activations,
+            "scores": pass.scores,
+            "logits": pass.logits,
+            "peak": pass.peak(),
+        })
+    };
+    json!({
+        "way": name,
+        "weights": footprint.weights,
+        "tokenizer": footprint.tokenizer,
+        "threads": footprint.threads,
+        "context": footprint.context,
+        "prefill": pass(&footprint.prefill),
+        "decode": pass(&footprint.decode),
+        "peak": footprint.peak(),
+    })
+}
+
+/// A table of phases, a column a way.
+fn memory(
+    out: &mut impl Write,
+    tokens: usize,
+    threads: usize,
+    footprints: &[(&str, Footprint)],
+) -> std::io::Result<()> {
+    type Phase = (&'static str, fn(&Footprint) -> u64);
+    const PHASES: [Phase; 11] = [
+        ("weights", |footprint| footprint.weights),
+        ("tokenizer", |footprint| footprint.tokenizer),
+        ("threads", |footprint| footprint.threads),
+        ("keys and values", |footprint| footprint.context),
+        ("prefill: activations", |footprint| footprint.prefill.activations),
+        ("prefill: scores", |footprint| footprint.prefill.scores),
+        ("prefill: logits", |footprint| footprint.prefill.logits),
+        ("decode: activations", |footprint| footprint.decode.activations),
+        ("decode: scores", |footprint| footprint.decode.scores),
+        ("decode: logits", |footprint| footprint.decode.logits),
+        ("the most at once", Footprint::peak),
+    ];
+    let pass = footprints.first().map_or(0, |(_, footprint)| footprint.prefill.tokens);
+    writeln!(out, "{:<16} one sequence of {tokens} tokens, passes of {pass}, {threads} threads", "memory")?;
+    let names: String = footprints.iter().map(|(name, _)| format!("{name:>16}")).collect();
+    writeln!(out, "  {:<22}{names}", "")?;
+    for (phase, bytes) in PHASES {
+        let cells: String =
+            footprints.iter().map(|(_, footprint)| format!("{:>16}", megabytes(bytes(footprint)))).collect();
+        writeln!(out, "  {phase:<22}{cells}")?;
     }
     Ok(())
 }

@@ -19,7 +19,7 @@ use crate::model::team::{team, with_scratch};
 use crate::model::vector;
 
 /// Queries of one head that a task takes: scores of 64 x 1024 columns are half of a small core's second-level cache.
-const QUERY_ROWS: usize = 64;
+pub(in crate::model) const QUERY_ROWS: usize = 64;
 /// Columns of keys or values that are widened to f32 at a time where one query looks at them.
 const WIDENED_COLUMNS: usize = 16;
 

@@ -23,7 +23,7 @@ use super::matrix::{Output, View};
 use super::team::{team, with_scratch};
 
 /// Rows of weights dequantised at a time in a prefill: 64 × 2048 f32 are half of a small core's L2.
-const TILE_ROWS: usize = 64;
+pub(super) const TILE_ROWS: usize = 64;
 /// Rows of weights given to a thread at a time in a decode, at least: a multiple of what kernels take at once.
 const DECODE_ROWS_MIN: usize = 32;
 /// From this many rows of activations on, dequantising a tile once is cheaper than reading 8-bit blocks again for each row.
@@ -206,7 +206,9 @@ impl QuantMatrix {
     /// If `order` names a row that does not exist.
     #[must_use]
     pub fn with_row_order(&self, order: &[usize]) -> Self {
-        let bytes: Vec<u8> = order.iter().flat_map(|row| self.row(*row)).copied().collect();
+        // To the byte: collected one by one they would take up to twice their size for as long as the model is loaded.
+        let mut bytes = Vec::with_capacity(order.len() * self.kind.row_bytes(self.cols));
+        order.iter().for_each(|row| bytes.extend_from_slice(self.row(*row)));
         let range = 0..bytes.len();
         Self { kind: self.kind, rows: order.len(), cols: self.cols, storage: Arc::new(bytes), range }
     }

@@ -7,7 +7,8 @@
 //! Layout:
 //! - [`ids`], [`time`], [`limits`], [`error`]: the words everything else is made of.
 //! - [`experiment`], [`sweep`], [`results`]: what researchers submit and what they get.
-//! - [`hardware`], [`catalogue`], [`model_name`]: devices, the models known by name, and how any model is named.
+//! - [`hardware`], [`catalogue`], [`model_name`]: devices, the models and cards known by name, and how any model is named.
+//! - [`memory`]: what a model takes on a device, phase by phase.
 //! - [`frame`], [`control`], [`peer`], [`exec`]: the three conversations and their one codec.
 //! - [`packet`]: a cache on the wire or on disk.
 //! - [`identity`]: roles, join tokens, names in certificates. [`private_file`]: where their secrets lie.
@@ -26,6 +27,7 @@ pub mod hardware;
 pub mod identity;
 pub mod ids;
 pub mod limits;
+pub mod memory;
 pub mod model_name;
 #[cfg(feature = "models")]
 pub mod models;

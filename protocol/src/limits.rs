@@ -38,6 +38,10 @@ pub const SEATS_AHEAD_MAX: u32 = 512;
 pub const LABELS_MAX: usize = 64;
 /// Most devices a worker may report.
 pub const DEVICES_PER_WORKER_MAX: usize = 64;
+/// Most shapes of models that a worker reports: those of the catalogue are known anyway, and asking for one reads a header.
+pub const MODEL_SHAPES_MAX: usize = 64;
+/// What a GPU keeps for its driver and a desktop unless the operator says otherwise, bytes.
+pub const GPU_RESERVE_BYTES: u64 = 512 << 20;
 
 /// Time between heartbeats of a worker, milliseconds.
 pub const HEARTBEAT_INTERVAL_MS: u64 = 2_000;

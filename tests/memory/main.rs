@@ -3,15 +3,15 @@
 //! - `allocator`: the count.
 //! - `headers`: model files that lie about sizes cost an error, never a panic and never memory.
 //! - `caches`: operations on long caches hold at most a layer beyond what goes in and comes out.
-//! - `footprint`: real models take what is computed for them.
+//! - `peaks`: real models and real executors take what the memory model says.
 //! - `tiny`: tiny models, shared with the tests of the model layer.
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests panic, and say on stderr what they measure")]
 
 mod allocator;
 mod caches;
-mod footprint;
 mod headers;
+mod peaks;
 #[path = "../model/tiny.rs"]
 #[allow(dead_code, reason = "the tests of the model layer use more of it")]
 mod tiny;

@@ -28,7 +28,7 @@ const MODEL: KnownModel = KnownModel {
             sha256: "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3",
         },
     ],
-    resident_bytes: 0,
+    shape: crate::memory::ModelShape::new([1, 2, 1, 1, 2, 2], 2, true, 2),
 };
 
 struct Bench {

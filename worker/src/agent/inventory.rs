@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use protocol::hardware::{ComputeCapability, Device, DeviceKind, Telemetry};
 use protocol::ids::DeviceId;
-use protocol::limits::clean_text;
+use protocol::limits::{GPU_RESERVE_BYTES, clean_text};
 use protocol::size::ByteSize;
 use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 use tokio::sync::watch;
@@ -23,8 +23,6 @@ use crate::support::BuildSupport;
 pub const CPU: &str = "cpu";
 /// Share of a box's memory that is lent unless the operator says otherwise, percent: the rest is the operator's.
 const CPU_SHARE_PERCENT: u64 = 75;
-/// What a GPU keeps for its driver and a desktop unless the operator says otherwise, bytes.
-const GPU_RESERVE_BYTES: u64 = 512 << 20;
 
 /// How long an executor may take to say what it supports: loading CUDA's libraries from a slow disk takes seconds.
 const SUPPORT: Duration = Duration::from_secs(20);

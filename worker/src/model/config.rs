@@ -6,6 +6,8 @@
 
 use std::fmt::Display;
 
+use protocol::memory::executor::activation_bytes_per_token;
+
 use super::error::ModelError;
 use super::family::{FAMILIES, Family, family};
 use super::gguf::{GgufError, Metadata, Value};
@@ -93,11 +95,11 @@ impl ModelConfig {
         })
     }
 
-    /// Bytes of activations that a pass on slices holds for each of its tokens: the residual stream, its normed copy and a
-    /// branch, and the inner part of attention or of the MLP, whichever is wider.
+    /// Bytes of activations that a pass on slices holds for each of its tokens.
     pub fn activation_bytes_per_token(&self) -> usize {
-        let inner = (2 * (self.heads + self.kv_heads) * self.head_dim).max(2 * self.mlp);
-        (3 * self.hidden + inner) * size_of::<f32>()
+        let attention = (self.heads + self.kv_heads) * self.head_dim;
+        let bytes = activation_bytes_per_token(self.hidden as u64, attention as u64, self.mlp as u64);
+        usize::try_from(bytes).unwrap_or(usize::MAX)
     }
 
     /// Bytes of K and V that one token takes, both as f32.

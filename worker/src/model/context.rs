@@ -8,13 +8,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 use half::f16;
+use protocol::memory::executor::{ROOM_MIN, slice_room, tensor_room};
 
 use super::place::Compute;
 use super::vector;
 use crate::cache::{CacheLayout, LayerKv};
-
-/// Room is made for this many columns at least.
-const ROOM_MIN: usize = 64;
 
 /// One sequence in a model, or in some of its layers: what it has seen so far.
 #[derive(Debug)]
@@ -312,16 +310,6 @@ impl<T: Element> SliceBuffers<T> {
     fn bytes(&self) -> usize {
         self.k.iter().chain(&self.v).map(|numbers| numbers.capacity() * size_of::<T>()).sum()
     }
-}
-
-/// Columns that buffers of tensors have room for when `held` must become `needed`.
-pub(super) fn tensor_room(held: usize, needed: usize) -> usize {
-    needed.max(2 * held).next_multiple_of(ROOM_MIN)
-}
-
-/// The same for slices: an eighth of what is held more at least, so that a long text is not moved at every token.
-pub(super) fn slice_room(held: usize, needed: usize) -> usize {
-    needed.max(held + held / 8).next_multiple_of(ROOM_MIN)
 }
 
 fn grown(buffer: &Tensor, used: usize, room: usize) -> Result<Tensor> {

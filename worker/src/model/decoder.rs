@@ -13,7 +13,6 @@
 mod stored;
 mod tracked;
 
-pub(super) use stored::QUERY_ROWS;
 pub(crate) use tracked::check_adapters;
 pub use tracked::{Adapter, Adapters, Projection, TrackedCache};
 
@@ -217,15 +216,6 @@ impl Decoder {
     /// Embeddings of these ids, `[T, C]`, where the layers are.
     fn embedded(&self, ids: &[u32]) -> Result<Tensor> {
         self.embedding.lookup(ids)?.to_device(self.compute.device())? * self.embedding_scale
-    }
-
-    /// Bytes of embedding and head.
-    pub(crate) fn table_bytes(&self) -> u64 {
-        [Some(&self.embedding), self.head.as_ref()]
-            .into_iter()
-            .flatten()
-            .map(|table| table.matrix().bytes() as u64)
-            .sum()
     }
 
     /// Size of the vocabulary.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use protocol::memory::executor::{self, pass_tokens, piece_tokens};
 
 use super::config::{ConfigError, ModelConfig, family_of};
 use super::context::{CachePrecision, Context, LayerBuffers, SliceBuffers, TensorBuffers};
@@ -22,13 +23,8 @@ use super::tokenizer::{BuildError, Tokenizer};
 use super::weights::{Precision, Source, WeightError, Weights};
 use crate::cache::{CacheLayout, KvCache};
 
-/// Tokens that one pass takes at most; longer texts run in pieces. More would not be faster: from here on nearly all time is
-/// products. Pieces are about equal: a short one at the end would run as a decode does, with activations rounded to 8 bits.
-pub const PASS_TOKENS_MAX: usize = 512;
-/// Fewer than these would dequantise weights too often.
-const PASS_TOKENS_MIN: usize = 128;
-/// Between the two, activations of a pass take this part of what the weights do: 1 / 20.
-const PASS_SHARE: u64 = 20;
+/// Tokens that one pass takes at most; longer texts run in pieces.
+pub const PASS_TOKENS_MAX: usize = executor::PASS_TOKENS_MAX as usize;
 
 /// How a model is loaded.
 #[derive(Debug, Clone, Default)]
@@ -111,7 +107,7 @@ impl Model {
         };
         let layout = Arc::new(CacheLayout::new(&config, fingerprint));
         let (precision, cache) = (options.precision, options.cache);
-        let pass_tokens = pass_tokens(&config, weight_bytes);
+        let pass_tokens = pass_tokens(weight_bytes, config.activation_bytes_per_token() as u64) as usize;
         Ok(Self {
             path: path.to_path_buf(),
             config,
@@ -217,11 +213,6 @@ impl Model {
     /// Number of ids, and so of logits at each position.
     pub fn vocabulary(&self) -> usize {
         self.decoder.vocabulary()
-    }
-
-    /// Bytes of embedding and head, which stay as stored.
-    pub fn table_bytes(&self) -> u64 {
-        self.decoder.table_bytes()
     }
 
     /// What a cache must look like to fit.
@@ -527,17 +518,6 @@ impl Model {
             Some(position) => Err(ModelError::ContextLength { position: *position, context }),
         }
     }
-}
-
-/// Tokens that a pass takes at most, in a model with so many bytes of stored weights.
-pub(super) fn pass_tokens(config: &ModelConfig, weight_bytes: u64) -> usize {
-    let tokens = weight_bytes / PASS_SHARE / config.activation_bytes_per_token() as u64;
-    usize::try_from(tokens).unwrap_or(PASS_TOKENS_MAX).clamp(PASS_TOKENS_MIN, PASS_TOKENS_MAX)
-}
-
-/// Tokens of each pass but the last, for `all` tokens and `most` a pass.
-pub(super) fn piece_tokens(all: usize, most: usize) -> usize {
-    all.div_ceil(all.div_ceil(most).max(1)).max(1)
 }
 
 /// The token with the largest logit; the first of equals.

@@ -11,8 +11,8 @@
 //! - [`quant`], `linear`, [`table`], `decoder`: the computation; [`context`]: the state of one sequence.
 //! - `grad`: operations with a gradient, for [`Model::forward_tracked`].
 //! - [`tokenizer`], [`chat`]: text to ids and back.
-//! - [`loaded`]: [`Model`], which puts them together; [`sampling`], [`generate`]: letting it write;
-//!   [`footprint`]: what it takes.
+//! - [`loaded`]: [`Model`], which puts them together; [`sampling`], [`generate`]: letting it write.
+//! - [`mod@shape`]: sizes from headers alone, for the memory model.
 
 mod card;
 pub mod chat;
@@ -21,7 +21,6 @@ pub mod context;
 mod decoder;
 pub mod error;
 pub mod family;
-pub mod footprint;
 pub mod generate;
 pub mod gguf;
 mod grad;
@@ -34,6 +33,7 @@ pub mod place;
 pub mod quant;
 pub mod rope;
 pub mod sampling;
+pub mod shape;
 pub mod table;
 pub mod team;
 pub mod tokenizer;
@@ -45,7 +45,6 @@ pub use config::ModelConfig;
 pub use context::{CachePrecision, Context};
 pub use decoder::{Adapter, Adapters, Logits, Observer, Projection, Tap, TrackedCache};
 pub use error::ModelError;
-pub use footprint::{Footprint, Plan, StoredBytes};
 pub use generate::{End, Generated, Sequence};
 pub use grad::next_token_loss;
 pub use loaded::{BatchItem, Input, LoadOptions, Model, Output, argmax, fingerprint, tensors};

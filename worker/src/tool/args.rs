@@ -15,6 +15,8 @@ use crate::support::ElementType;
 pub enum ModelCommand {
     /// Show architecture, tensors, cache bytes a token and memory by phase.
     Show(ShowArgs),
+    /// Print the sizes on which memory depends, from headers alone.
+    Shape(ShapeArgs),
     /// Run prompts: text, timing, top logits; save or load the cache.
     Run(RunArgs),
     /// Measure prefill, decode and peak memory.
@@ -76,6 +78,16 @@ pub struct ShowArgs {
     /// Tokens of the sequence that memory is computed for.
     #[arg(long, default_value_t = 1024, value_name = "N")]
     pub context: usize,
+    /// One JSON document.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `model shape`.
+#[derive(Debug, Args)]
+pub struct ShapeArgs {
+    /// A GGUF file, or a directory with config.json.
+    pub path: PathBuf,
     /// One JSON document.
     #[arg(long)]
     pub json: bool,

@@ -5,7 +5,7 @@
 //!
 //! Layout:
 //! - [`args`]: the command line, and finding the model.
-//! - [`show`]: architecture, tensors, memory. [`run`]: prompts. [`mod@bench`]: rates and peak memory.
+//! - [`show`]: architecture, tensors, memory, shape. [`run`]: prompts. [`mod@bench`]: rates and peak memory.
 
 pub mod args;
 pub mod bench;
@@ -24,6 +24,7 @@ impl ModelCommand {
     pub fn run_to_exit(&self) -> ExitCode {
         let done = match self {
             Self::Show(args) => show::show(args),
+            Self::Shape(args) => show::shape_of(args),
             Self::Run(args) => run::run(args),
             Self::Bench(args) => bench::bench(args),
         };

@@ -1,21 +1,22 @@
 //! `model show`: what a file holds and what running it takes.
 //!
-//! Memory is computed from sizes by [`Footprint`], not measured; `model bench` measures.
+//! Memory is computed from sizes by the memory model ([`protocol::memory`]), not measured; `model bench` measures.
 
 use std::collections::BTreeMap;
 use std::io::Write;
 
+use protocol::memory::{Backend, Element, Footprint, Inference, Phase, Quantisation, estimate};
 use serde_json::json;
 
-use super::args::{ShowArgs, ToolError, megabytes, print_json};
-use crate::model::footprint::Pass;
-use crate::model::{CachePrecision, Footprint, LoadOptions, Model, Plan, Precision, StoredBytes, tensors};
+use super::args::{ShapeArgs, ShowArgs, ToolError, megabytes, print_json};
+use crate::model::shape::shape;
+use crate::model::{LoadOptions, Model, Precision, tensors};
 
 /// Ways to hold a model that memory is shown for: name, weights, running caches.
-const WAYS: [(&str, Precision, CachePrecision); 3] = [
-    ("stored, kv f16", Precision::Stored, CachePrecision::F16),
-    ("stored, kv f32", Precision::Stored, CachePrecision::F32),
-    ("f32, kv f32", Precision::F32, CachePrecision::F32),
+const WAYS: [(&str, Quantisation, Element); 3] = [
+    ("stored, kv f16", Quantisation::Stored, Element::Half),
+    ("stored, kv f32", Quantisation::Stored, Element::F32),
+    ("f32, kv f32", Quantisation::F32, Element::F32),
 ];
 
 /// Prints the model's facts.
@@ -33,11 +34,7 @@ pub fn show(args: &ShowArgs) -> Result<(), ToolError> {
         return Err(ToolError::Request(format!("a context of {asked} tokens: this model has 1 to {most}")));
     }
     let threads = args.model.threads.unwrap_or_else(rayon::current_num_threads).max(1);
-    let stored = StoredBytes::of(&model)?;
-    let footprints = WAYS.map(|(name, precision, cache)| {
-        let plan = Plan { precision, cache, tokens: args.context, sequences: 1, threads };
-        (name, Footprint::new(config, model.vocabulary(), stored, &plan))
-    });
+    let footprints = computed(&path, args.context, threads)?;
     let mut kinds: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
     for tensor in tensors.values() {
         let entry = kinds.entry(format!("{:?}", tensor.dtype)).or_default();
@@ -109,58 +106,64 @@ pub fn show(args: &ShowArgs) -> Result<(), ToolError> {
     Ok(())
 }
 
-/// One way to hold the model, as JSON.
-fn way((name, footprint): &(&str, Footprint)) -> serde_json::Value {
-    let pass = |pass: &Pass| {
-        json!({
-            "tokens": pass.tokens,
-            "activations": pass.activations,
-            "scores": pass.scores,
-            "logits": pass.logits,
-            "peak": pass.peak(),
-        })
-    };
-    json!({
-        "way": name,
-        "weights": footprint.weights,
-        "tokenizer": footprint.tokenizer,
-        "threads": footprint.threads,
-        "context": footprint.context,
-        "prefill": pass(&footprint.prefill),
-        "decode": pass(&footprint.decode),
-        "peak": footprint.peak(),
-    })
+/// Prints a model's shape: the agent asks for it, and tells the coordinator.
+///
+/// # Errors
+/// If the file is not there or not a model that this build runs.
+pub fn shape_of(args: &ShapeArgs) -> Result<(), ToolError> {
+    let shape = shape(&args.path)?;
+    let value = serde_json::to_value(&shape).expect("plain data");
+    if args.json {
+        return print_json(&value);
+    }
+    let mut out = std::io::stdout().lock();
+    for (name, value) in value.as_object().into_iter().flatten() {
+        writeln!(out, "{name:<16} {value}")?;
+    }
+    Ok(())
 }
 
-/// A table of phases, a column a way.
+/// One sequence of `tokens` tokens, for each of [`WAYS`].
+fn computed(
+    path: &std::path::Path,
+    tokens: usize,
+    threads: usize,
+) -> Result<Vec<(&'static str, Footprint)>, ToolError> {
+    let shape = shape(path)?;
+    let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    let way = |(name, held, cache): (&'static str, Quantisation, Element)| {
+        let inference = Inference { cache, ..Inference::of(number(tokens)) };
+        let backend = Backend::Cpu { threads: number(threads) };
+        (name, estimate(&shape, held, Phase::Inference(inference), backend))
+    };
+    Ok(WAYS.map(way).to_vec())
+}
+
+/// One way to hold the model, as JSON.
+fn way((name, footprint): &(&str, Footprint)) -> serde_json::Value {
+    json!({ "way": name, "parts": footprint, "peak": footprint.peak() })
+}
+
+/// A table of parts, a column a way.
 fn memory(
     out: &mut impl Write,
     tokens: usize,
     threads: usize,
     footprints: &[(&str, Footprint)],
 ) -> std::io::Result<()> {
-    type Phase = (&'static str, fn(&Footprint) -> u64);
-    const PHASES: [Phase; 11] = [
-        ("weights", |footprint| footprint.weights),
-        ("tokenizer", |footprint| footprint.tokenizer),
-        ("threads", |footprint| footprint.threads),
-        ("keys and values", |footprint| footprint.context),
-        ("prefill: activations", |footprint| footprint.prefill.activations),
-        ("prefill: scores", |footprint| footprint.prefill.scores),
-        ("prefill: logits", |footprint| footprint.prefill.logits),
-        ("decode: activations", |footprint| footprint.decode.activations),
-        ("decode: scores", |footprint| footprint.decode.scores),
-        ("decode: logits", |footprint| footprint.decode.logits),
-        ("the most at once", Footprint::peak),
-    ];
-    let pass = footprints.first().map_or(0, |(_, footprint)| footprint.prefill.tokens);
-    writeln!(out, "{:<16} one sequence of {tokens} tokens, passes of {pass}, {threads} threads", "memory")?;
+    writeln!(out, "{:<16} one sequence of {tokens} tokens, {threads} threads", "memory")?;
     let names: String = footprints.iter().map(|(name, _)| format!("{name:>16}")).collect();
     writeln!(out, "  {:<22}{names}", "")?;
-    for (phase, bytes) in PHASES {
+    let mut row = |name: &str, bytes: &dyn Fn(&Footprint) -> u64| {
         let cells: String =
             footprints.iter().map(|(_, footprint)| format!("{:>16}", megabytes(bytes(footprint)))).collect();
-        writeln!(out, "  {phase:<22}{cells}")?;
+        writeln!(out, "  {name:<22}{cells}")
+    };
+    for (place, (name, _)) in Footprint::default().parts().into_iter().enumerate() {
+        let bytes = |footprint: &Footprint| footprint.parts()[place].1;
+        if footprints.iter().any(|(_, footprint)| bytes(footprint) > 0) {
+            row(name, &bytes)?;
+        }
     }
-    Ok(())
+    row("the most at once", &Footprint::peak)
 }

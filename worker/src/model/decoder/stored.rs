@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use candle_core::{Device, Result, Tensor};
+use protocol::memory::executor::QUERY_ROWS;
 
 use super::{
     Activation, Attention, Block, Decoder, LayerConfig, Logits, ModelConfig, Norm, Observer, Passed, Segment, Tap, ids,
@@ -18,8 +19,6 @@ use crate::model::quant::{Kernel, Operand, products};
 use crate::model::team::{team, with_scratch};
 use crate::model::vector;
 
-/// Queries of one head that a task takes: scores of 64 x 1024 columns are half of a small core's second-level cache.
-pub(in crate::model) const QUERY_ROWS: usize = 64;
 /// Columns of keys or values that are widened to f32 at a time where one query looks at them.
 const WIDENED_COLUMNS: usize = 16;
 

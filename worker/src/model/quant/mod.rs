@@ -19,11 +19,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use protocol::memory::executor::TILE_ROWS;
+
 use super::matrix::{Output, View};
 use super::team::{team, with_scratch};
 
-/// Rows of weights dequantised at a time in a prefill: 64 × 2048 f32 are half of a small core's L2.
-pub(super) const TILE_ROWS: usize = 64;
 /// Rows of weights given to a thread at a time in a decode, at least: a multiple of what kernels take at once.
 const DECODE_ROWS_MIN: usize = 32;
 /// From this many rows of activations on, dequantising a tile once is cheaper than reading 8-bit blocks again for each row.

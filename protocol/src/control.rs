@@ -12,6 +12,7 @@ use crate::frame::messages;
 use crate::hardware::{Device, Telemetry};
 use crate::ids::{ArtifactHash, AttemptId, DeviceId, Role, TokenId, WorkerId};
 use crate::limits::{CONTROL_FRAME_BYTES_MAX, JOIN_FRAME_BYTES_MAX};
+use crate::memory::ModelShape;
 use crate::time::UnixMillis;
 
 /// ALPN of the control conversation.
@@ -112,6 +113,9 @@ pub struct Terms {
     /// Seats that may be sent ahead to each device, to wait there for the one before: no wait for the coordinator between
     /// short shards.
     pub ahead: u32,
+    /// Sizes of those of `models` that are not in the catalogue, as far as their headers could be read, by name;
+    /// [`crate::limits::MODEL_SHAPES_MAX`] at most.
+    pub shapes: Vec<(String, ModelShape)>,
 }
 
 /// A seat that a worker holds.

@@ -151,6 +151,27 @@ fn models_that_are_not_here_are_named_with_the_command_that_brings_them() {
 }
 
 #[test]
+fn what_fits_is_told_without_a_cluster() {
+    let bench = Bench::new();
+    let fit = bench.run(&["fit", "--model", "llama-3.1-8b", "--cards", "gtx-1660-super", "--phase", "inference"]);
+    assert_eq!((fit.code, fit.err.as_str()), (0, ""));
+    assert!(fit.out.contains("llama-3.1-8b  inference  gtx-1660-super") && fit.out.contains("q4_0:"), "{}", fit.out);
+    let rows = json(&bench.run(&["fit", "--cards", "all", "--json"]).out);
+    let row = &rows.as_array().unwrap()[0];
+    let sum: u64 = row["parts"].as_object().unwrap().values().map(|bytes| bytes.as_u64().unwrap()).sum();
+    assert_eq!((&row["verdict"], &row["need_bytes"]), (&"fits".into(), &sum.into()));
+    let unknown = bench.run(&["fit", "--cards", "gtx-1090"]);
+    assert_eq!(unknown.code, 2);
+    assert!(
+        unknown.err.starts_with("error: no card of the catalogue is called `gtx-1090`\nhint: it has"),
+        "{}",
+        unknown.err
+    );
+    let present = bench.run(&["fit", "--present"]);
+    assert!(present.code == 2 && present.err.contains("cluster.toml"), "{}", present.err);
+}
+
+#[test]
 fn models_of_the_hub_are_pulled_listed_and_verified() {
     let hub = TestHub::start();
     let commit = "1".repeat(40);

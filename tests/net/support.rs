@@ -198,6 +198,7 @@ pub(crate) fn hello() -> Hello {
         peer_port: 0,
         addresses: Vec::new(),
         terms: Default::default(),
+        shapes: Vec::new(),
     }
 }
 

@@ -12,6 +12,7 @@ use protocol::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Sp
 use protocol::frame::{FrameError, Header, Messages};
 use protocol::hardware::{ComputeCapability, Device, DeviceKind, Speed, Telemetry};
 use protocol::ids::{ArtifactHash, AttemptId, DeviceId, Fence, Role, RunId, ShardId, TokenId, WorkerId};
+use protocol::memory::ModelShape;
 use protocol::peer::{Accept, Done, Grant, Offer, PeerMessage, Refuse, Wait, refuse};
 use protocol::time::UnixMillis;
 
@@ -140,6 +141,7 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         peer_port: 40_001,
         addresses: vec!["192.0.2.7".into()],
         terms: Terms { labels: vec!["site=attic".into()], price_microusd_per_hour: 350_000, commands: true, ahead: 64 },
+        shapes: vec![("own.gguf".into(), ModelShape::new([2, 64, 4, 2, 16, 128], 1000, true, 512).sliding(1, 64))],
     };
     let telemetry = Telemetry {
         device: DeviceId("GPU-1".into()),

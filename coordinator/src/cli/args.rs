@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use protocol::ids::{DeviceId, DeviceRef, RunId, ShardId, TokenId, WorkerId};
+use protocol::memory::Quantisation;
 
 /// Research on KV caches over a heap of old GPU boxes.
 ///
@@ -70,6 +71,8 @@ pub enum Command {
     Cancel(Cancel),
     /// Try a run's failed shards again
     Retry(OneRun),
+    /// Show which models and experiments fit which cards; needs no cluster
+    Fit(Fit),
     /// Look after the results store
     #[command(subcommand)]
     Store(StoreCommand),
@@ -255,6 +258,53 @@ pub enum ModelsCommand {
         /// Their names; default: all known models and those from the hub
         names: Vec<String>,
     },
+}
+
+/// `fit`.
+#[derive(Debug, Args)]
+pub struct Fit {
+    /// Cards of the catalogue, as in gtx-1080,rtx-3090, or `all` [default: four that old boxes have]
+    #[arg(long, value_name = "CARD", value_delimiter = ',', conflicts_with = "present")]
+    pub cards: Vec<String>,
+    /// The cluster's own devices; asks the coordinator
+    #[arg(long)]
+    pub present: bool,
+    /// Models of the catalogue [default: all]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub model: Vec<String>,
+    /// What is done with them [default: all]
+    #[arg(long, value_enum, value_name = "PHASE", value_delimiter = ',')]
+    pub phase: Vec<FitPhase>,
+    /// How weights are held: f32, f16, bf16, stored, q8_0, q6_k, q5_k, q4_k_m, q4_1, q4_0 or nf4
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    pub weights: Quantisation,
+    /// Tokens of a sequence
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub tokens: u32,
+    /// The model whose caches a projector reads [default: the model itself]
+    #[arg(long, value_name = "NAME")]
+    pub source: Option<String>,
+    /// Width of the projector
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(8..=16_384))]
+    pub width: u32,
+    /// Rank of adapters
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub rank: u32,
+}
+
+/// What is done with a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FitPhase {
+    /// One sequence is read and goes on
+    Inference,
+    /// Caches are taken out: three sequences run at once
+    Capture,
+    /// A fuser between two models is trained
+    Projector,
+    /// Adapters are trained
+    Lora,
+    /// All weights are trained
+    Full,
 }
 
 /// `demo`.

@@ -8,6 +8,7 @@ pub mod client;
 pub mod context;
 pub mod exit;
 pub mod failure;
+pub mod fit;
 pub mod init;
 pub mod models;
 pub mod operate;
@@ -56,6 +57,7 @@ fn run(context: &mut Context, command: Command) -> Outcome {
         Command::Serve => serve::run(context),
         Command::Store(command) => store::run(context, &command),
         Command::Models(command) => models::run(context, &command),
+        Command::Fit(args) => wait(fit::run(context, &args)),
         Command::Demo(args) => wait(crate::demo::run(context, &args)),
         asking => wait(ask(context, asking)),
     }
@@ -81,7 +83,12 @@ async fn ask(context: &mut Context, command: Command) -> Outcome {
         Command::Report(args) => results::report(context, &args).await,
         Command::Cancel(args) => research::cancel(context, &args).await,
         Command::Retry(args) => research::retry(context, &args).await,
-        Command::Init(_) | Command::Serve | Command::Store(_) | Command::Models(_) | Command::Demo(_) => {
+        Command::Init(_)
+        | Command::Serve
+        | Command::Store(_)
+        | Command::Models(_)
+        | Command::Fit(_)
+        | Command::Demo(_) => {
             unreachable!("these do not ask the coordinator")
         }
     }

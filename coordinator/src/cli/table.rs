@@ -29,13 +29,13 @@ pub enum Tone {
 #[derive(Debug)]
 pub struct Table {
     style: Style,
-    columns: Vec<&'static str>,
+    columns: Vec<String>,
     inner: comfy_table::Table,
 }
 
 impl Table {
     /// An empty table. A column whose title starts with `>` is aligned to the right.
-    pub fn new(style: Style, columns: &[&'static str]) -> Self {
+    pub fn new(style: Style, columns: &[impl AsRef<str>]) -> Self {
         let mut inner = comfy_table::Table::new();
         inner.load_style(TableStyle::new()).set_content_arrangement(ContentArrangement::Disabled);
         if style.colour {
@@ -43,8 +43,9 @@ impl Table {
         } else {
             inner.force_no_tty();
         }
+        let columns: Vec<String> = columns.iter().map(|title| clean_text(title.as_ref())).collect();
         inner.set_header(columns.iter().map(|title| Cell::new(title.trim_start_matches('>'))));
-        Self { style, columns: columns.to_vec(), inner }
+        Self { style, columns, inner }
     }
 
     /// Adds a row: texts, some with a tone.

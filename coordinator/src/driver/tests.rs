@@ -113,6 +113,7 @@ fn hello(held: Vec<HeldSeat>) -> Hello {
         peer_port: 7000,
         addresses: Vec::new(),
         terms: Default::default(),
+        shapes: Vec::new(),
     }
 }
 

@@ -54,7 +54,7 @@ async fn runs_are_submitted_shown_explained_and_cancelled() {
     assert_eq!(run["sweep"], json!(SWEEP));
     let (_, explained) = ask(&config, "GET", "/v1/shards/r1.0/explain", "").await;
     let sentence = explained["sentence"].as_str().unwrap();
-    assert!(sentence.contains("needs 2.3 GB on a device with gemma-3-270m"), "{sentence}");
+    assert!(sentence.contains("needs 1.6 GB on a device with gemma-3-270m"), "{sentence}");
     let (_, results) = ask(&config, "GET", "/v1/runs/r1/results", "").await;
     assert_eq!(results["shards"], json!([]));
     let (status, _) = ask(&config, "POST", "/v1/runs/r1/cancel", "{\"reason\":\"a test\"}").await;

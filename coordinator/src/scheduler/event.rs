@@ -10,6 +10,7 @@ use protocol::experiment::ShardSpec;
 use protocol::group::Group;
 use protocol::hardware::Device;
 use protocol::ids::{AttemptId, DeviceRef, Role, RunId, ShardId, TokenId, WorkerId};
+use protocol::memory::ModelShape;
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
@@ -302,6 +303,9 @@ pub struct Report {
     /// What its operator says of it.
     #[serde(default)]
     pub terms: Terms,
+    /// Sizes of models that are not in the catalogue, by name, sorted, no name twice; each plausible.
+    #[serde(default)]
+    pub shapes: Vec<(String, ModelShape)>,
 }
 
 /// A sweep became a run.

@@ -12,7 +12,9 @@ use protocol::control::{
 use protocol::group::is_label;
 use protocol::hardware::{Device, Telemetry};
 use protocol::ids::{AttemptId, DeviceRef, Role, WorkerId};
-use protocol::limits::{DEVICES_PER_WORKER_MAX, HEARTBEAT_INTERVAL_MS, LABELS_MAX, SEATS_AHEAD_MAX, clean_text};
+use protocol::limits::{
+    DEVICES_PER_WORKER_MAX, HEARTBEAT_INTERVAL_MS, LABELS_MAX, MODEL_SHAPES_MAX, SEATS_AHEAD_MAX, clean_text,
+};
 
 use super::board::Row;
 use super::event::{Event, Report};
@@ -228,6 +230,10 @@ fn report(hello: Hello) -> Result<Report, Rejection> {
     let mut models: Vec<_> = hello.models.iter().map(|model| clean_text(model)).collect();
     models.sort();
     models.dedup();
+    let mut shapes: Vec<_> = hello.shapes.into_iter().take(MODEL_SHAPES_MAX).collect();
+    shapes.retain(|(name, shape)| models.binary_search(name).is_ok() && shape.is_plausible());
+    shapes.sort_by(|a, b| a.0.cmp(&b.0));
+    shapes.dedup_by(|a, b| a.0 == b.0);
     Ok(Report {
         hostname: clean_text(&hello.hostname),
         build: clean_text(&hello.build),
@@ -235,6 +241,7 @@ fn report(hello: Hello) -> Result<Report, Rejection> {
         devices: devices.into_iter().map(clean_device).collect(),
         models,
         terms: clean_terms(hello.terms),
+        shapes,
     })
 }
 

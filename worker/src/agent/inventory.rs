@@ -4,18 +4,18 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::str::FromStr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use protocol::hardware::{ComputeCapability, Device, DeviceKind, Telemetry};
 use protocol::ids::DeviceId;
-use protocol::limits::{GPU_RESERVE_BYTES, clean_text};
+use protocol::limits::GPU_RESERVE_BYTES;
 use protocol::size::ByteSize;
 use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 use tokio::sync::watch;
 
 use super::nvml::{GpuFacts, Gpus};
+use super::question::answer;
 use super::supervisor::{ExecutorBuild, Pids, cuda_program};
 use crate::support::BuildSupport;
 
@@ -177,27 +177,8 @@ fn refusal(program: &Path, card: ComputeCapability) -> Option<String> {
 
 /// What an executor says it can compute on.
 fn support(program: &Path) -> Result<BuildSupport, String> {
-    let mut command = Command::new(program);
-    command.args(["support", "--json"]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(|error| error.to_string())?;
-    // What it says fits into the pipes, so that it need not be read before it ends.
-    let asked = Instant::now();
-    while child.try_wait().map_err(|error| error.to_string())?.is_none() {
-        if asked.elapsed() > SUPPORT {
-            // It may have ended by itself by now; either way it is gone.
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(format!("no answer within {} s", SUPPORT.as_secs()));
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let output = child.wait_with_output().map_err(|error| error.to_string())?;
-    if !output.status.success() {
-        // A missing CUDA library is told here, by the system's loader.
-        let words = clean_text(String::from_utf8_lossy(&output.stderr).trim());
-        return Err(format!("{}: {words}", output.status));
-    }
-    serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())
+    let said = answer(program, ["support", "--json"], SUPPORT)?;
+    serde_json::from_slice(&said).map_err(|error| error.to_string())
 }
 
 /// Total and free memory of the box, or of the control group that this process is confined to.

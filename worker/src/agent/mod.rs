@@ -8,7 +8,7 @@
 //! - [`core`]: seats, executors, what is held: inputs → effects. [`run`]: the loop that feeds it and carries effects out.
 //! - [`session`]: the coordinator's connection. [`peer`]: packets from and to other workers.
 //! - [`supervisor`]: executor processes. [`outbox`], [`publish`]: finished work on its way to the store.
-//! - [`inventory`], [`nvml`]: devices and how they are. [`state_dir`], [`joining`]: who this box is.
+//! - [`inventory`], [`nvml`]: devices and how they are. `shapes`: sizes of models. `question`: asking an executor's binary. [`state_dir`], [`joining`]: who this box is.
 //! - [`cli`], [`doctor`], [`models`]: the commands.
 
 pub mod backoff;
@@ -23,7 +23,9 @@ pub mod outbox;
 pub mod output;
 pub mod peer;
 pub mod publish;
+mod question;
 pub mod run;
 pub mod session;
+mod shapes;
 pub mod state_dir;
 pub mod supervisor;

@@ -16,6 +16,7 @@ use protocol::control::{
 use protocol::exec::{self, ModelFile, RunSeat, ToExecutor};
 use protocol::hardware::{Device, Telemetry};
 use protocol::limits::HEARTBEAT_INTERVAL_MS;
+use protocol::memory::ModelShape;
 use protocol::models::ModelsDir;
 use protocol::quic::settings::{SettingsError, Side, SmallBuffers, any_address};
 use protocol::quic::{bind, client_config, server_config};
@@ -35,6 +36,7 @@ use super::peer::serve::{Receiving, accept};
 use super::peer::{Question, ask};
 use super::publish::{Link, Publisher, chain};
 use super::session::{Coordinator, SessionEvent, keep_connected};
+use super::shapes;
 use super::state_dir::{BoxIdentity, StateDir, StateError, StateLock, make_empty};
 use super::supervisor::Supervisor;
 
@@ -127,6 +129,8 @@ struct Loop {
     receiving: Arc<Receiving>,
     questions: mpsc::Sender<Question>,
     models: ModelsDir,
+    /// Asked for at the start; models that come later are reported by name.
+    shapes: Vec<(String, ModelShape)>,
     devices: Vec<Device>,
     own_key: [u8; 32],
     epoch: UnixMillis,
@@ -195,6 +199,7 @@ fn assemble(
     make_empty(&state.receiving())?;
     let (outbox, kept) = Outbox::open(&state.outbox())?;
     let found = inventory::take(&config.inventory);
+    let shapes = shapes::ask(&config.inventory.executor, &config.models);
     for device in &found.devices {
         match &device.unusable {
             None => tracing::info!(device = %device.id, model = device.model, "device found"),
@@ -227,6 +232,7 @@ fn assemble(
         sender: Arc::new(Sender::new(endpoint.clone(), peer, identity.cluster.clone())),
         receiving: Arc::new(receiving),
         questions,
+        shapes,
         models: config.models,
         devices: found.devices,
         own_key: identity.facts.spki_sha256,
@@ -323,6 +329,7 @@ impl Loop {
             peer_port: self.bound.port(),
             addresses: own_addresses(self.bound.ip()),
             terms: Terms::default(),
+            shapes: self.shapes.clone(),
         }
     }
 

@@ -108,6 +108,7 @@ impl Lab {
             peer_port: 7000,
             addresses: vec!["10.0.0.7".to_owned()],
             terms: Default::default(),
+            shapes: Vec::new(),
         };
         let observed = IpAddr::V4(Ipv4Addr::new(192, 168, 0, u8::try_from(worker.0).unwrap()));
         let connected = Connected { worker, session: body.session, spki_sha256: body.key, hello, observed };

@@ -45,7 +45,7 @@ fn a_higher_priority_goes_first_then_the_older_run_then_the_lower_index() {
 fn a_shard_that_does_not_fit_does_not_hold_back_those_behind_it() {
     let mut lab = Lab::new();
     let worker = lab.online();
-    lab.boxes.get_mut(&worker).unwrap().free = 2 * GB;
+    lab.boxes.get_mut(&worker).unwrap().free = GB + GB / 4;
     lab.beat(worker);
     let run = lab.submit(vec![inspect(GEMMA), inspect(SMOL)]);
     assert_eq!(lab.shard_state(shard(run, 0)), ShardState::Waiting);
@@ -56,12 +56,12 @@ fn a_shard_that_does_not_fit_does_not_hold_back_those_behind_it() {
 fn a_foreign_process_on_the_box_counts_as_used() {
     let mut lab = Lab::new();
     let worker = lab.online();
-    lab.boxes.get_mut(&worker).unwrap().free = GB;
+    lab.boxes.get_mut(&worker).unwrap().free = GB / 2;
     lab.beat(worker);
     let run = lab.submit(vec![inspect(SMOL)]);
     assert_eq!(
         lab.sentence(shard(run, 0)),
-        "waits: needs 1.3 GB on a device with smollm2-135m-instruct; no device qualifies (w1/cpu: 1.0 GB free, 1.3 GB \
+        "waits: needs 1.0 GB on a device with smollm2-135m-instruct; no device qualifies (w1/cpu: 500 MB free, 1.0 GB \
          needed); starts when memory gets free"
     );
 }
@@ -147,7 +147,7 @@ fn explain_tells_what_would_have_to_change() {
     lab.beat(two);
     assert_eq!(
         lab.sentence(shard(run, 0)),
-        "cannot run as things are: needs 1.3 GB each on 2 workers at once with smollm2-135m-instruct; only w1/cpu \
+        "cannot run as things are: needs 1.0 GB each on 2 workers at once with smollm2-135m-instruct; only w1/cpu \
          qualifies (w2/cpu: its worker lacks the model smollm2-135m-instruct); it can if you bring \
          smollm2-135m-instruct to one more worker (`bonepile-worker models pull smollm2-135m-instruct`, then restart it) \
          or join another worker or submit with spread = \"devices\""

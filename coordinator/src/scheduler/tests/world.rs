@@ -253,6 +253,7 @@ impl World {
             peer_port: 7000,
             addresses: Vec::new(),
             terms: Default::default(),
+            shapes: Vec::new(),
         };
         let (session, spki_sha256) = (self.sessions, body.key);
         let observed = IpAddr::V4(Ipv4Addr::new(10, 0, 0, number));

@@ -99,6 +99,9 @@ pub struct Hello {
     pub addresses: Vec<String>,
     /// What its operator says of it.
     pub terms: Terms,
+    /// Sizes of those of `models` that are not in the catalogue, as far as their headers could be read, by name;
+    /// [`crate::limits::MODEL_SHAPES_MAX`] at most.
+    pub shapes: Vec<(String, ModelShape)>,
 }
 
 /// A worker's terms, as its operator set them.
@@ -113,9 +116,6 @@ pub struct Terms {
     /// Seats that may be sent ahead to each device, to wait there for the one before: no wait for the coordinator between
     /// short shards.
     pub ahead: u32,
-    /// Sizes of those of `models` that are not in the catalogue, as far as their headers could be read, by name;
-    /// [`crate::limits::MODEL_SHAPES_MAX`] at most.
-    pub shapes: Vec<(String, ModelShape)>,
 }
 
 /// A seat that a worker holds.

@@ -41,7 +41,7 @@ fn of_gguf(path: &Path) -> Result<ModelShape, ModelError> {
     let config = ModelConfig::from_metadata(&gguf.metadata, None).map_err(wrong)?;
     let tensor = |name: &str| gguf.tensors.get(name);
     let all = gguf.tensors.values().map(|tensor| tensor.bytes as u64).sum();
-    of_tensors(&config, Tables::find(Naming::Gguf, &family, tensor)?, all, None)
+    Ok(of_tensors(&config, &Tables::find(Naming::Gguf, &family, tensor)?, all, None))
 }
 
 fn of_directory(path: &Path) -> Result<ModelShape, ModelError> {
@@ -50,7 +50,7 @@ fn of_directory(path: &Path) -> Result<ModelShape, ModelError> {
     let tensor = |name: &str| checkpoint.tensor(name);
     let tables = Tables::find(Naming::HuggingFace, &settings.config.family, tensor)?;
     let all = checkpoint.tensors().map(|(_, tensor)| tensor.bytes as u64).sum();
-    of_tensors(&settings.config, tables, all, Some(settings.tied))
+    Ok(of_tensors(&settings.config, &tables, all, Some(settings.tied)))
 }
 
 /// Embedding and head, as far as headers tell.
@@ -75,11 +75,11 @@ impl Tables {
     }
 }
 
-fn of_tensors(config: &ModelConfig, tables: Tables, all: u64, tied: Option<bool>) -> Result<ModelShape, ModelError> {
+fn of_tensors(config: &ModelConfig, tables: &Tables, all: u64, tied: Option<bool>) -> ModelShape {
     // What does not fit 32 bits is no model's size: zero, which is refused.
     let number = |size: usize| u32::try_from(size).unwrap_or(0);
     let windows = || config.layers.iter().filter_map(|layer| layer.window);
-    Ok(ModelShape {
+    ModelShape {
         layers: number(config.layers.len()),
         hidden: number(config.hidden),
         heads: number(config.heads),
@@ -92,5 +92,5 @@ fn of_tensors(config: &ModelConfig, tables: Tables, all: u64, tied: Option<bool>
         window: windows().next().map(number),
         context_length: number(config.context_length),
         stored: Some(StoredBytes { all, tables: tables.bytes }),
-    })
+    }
 }

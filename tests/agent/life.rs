@@ -81,6 +81,7 @@ async fn a_seat_is_run_published_repeated_and_settled() {
     assert_eq!((device.id.0.as_str(), device.memory_budget_bytes, device.threads), ("cpu", 100_000_000, 1));
     assert_eq!(device.unusable, None);
     assert_eq!(session.hello.models, [crate::support::MODEL]);
+    assert_eq!(session.hello.shapes, [(crate::support::MODEL.to_owned(), crate::support::shape())]);
 
     session.say(start_seat(1, Role::Main)).await;
     let done = session.hear(finished).await;

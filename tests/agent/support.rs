@@ -14,6 +14,7 @@ use protocol::experiment::{InspectSpec, LayerSelection, ShardSpec};
 use protocol::frame::Messages;
 use protocol::identity::{CertificateRole, Identity, coordinator_dns_name};
 use protocol::ids::{AttemptId, DeviceId, Fence, Role, RunId, ShardId, WorkerId};
+use protocol::memory::ModelShape;
 use protocol::quic::settings::Side;
 use protocol::quic::{
     CertificateFacts, Credentials, EndpointSecret, FrameReader, Received, bind, server_config, write_frame,
@@ -204,6 +205,8 @@ impl TestBox {
             facts,
         };
         StateDir::open(&this.path("state")).unwrap().keep_identity(&identity).unwrap();
+        let shape = serde_json::to_vec(&shape()).unwrap();
+        fs::write(this.path("shape.json"), shape).unwrap();
         let ready = Ready { build: "executor-build".into(), backend: "cpu".into(), threads: 1 };
         this.frame("ready", &FromExecutor::from(ready));
         this.executor("cat >/dev/null");
@@ -228,7 +231,10 @@ impl TestBox {
     pub(crate) fn executor(&self, body: &str) {
         let path = self.path("executor");
         let directory = self.directory.path().display();
-        let text = format!("#!/bin/sh\nD='{directory}'\nF=\"$D/frames\"\ncat \"$F/ready\"\n{body}\n");
+        let text = format!(
+            "#!/bin/sh\nD='{directory}'\nF=\"$D/frames\"\nif [ \"$1 $2\" = 'model shape' ]; then cat \"$D/shape.json\"; exit; fi\n\
+             cat \"$F/ready\"\n{body}\n"
+        );
         let mut file = fs::File::create(&path).unwrap();
         file.write_all(text.as_bytes()).unwrap();
         file.set_permissions(fs::Permissions::from_mode(0o755)).unwrap();
@@ -309,6 +315,11 @@ impl Drop for TestBox {
 }
 
 pub(crate) const RESULT: &str = r#"{"measured":42}"#;
+
+/// What the executor says of [`MODEL`].
+pub(crate) fn shape() -> ModelShape {
+    ModelShape::new([2, 32, 4, 2, 8, 64], 400, true, 4096).stored(90_000, 50_000)
+}
 
 pub(crate) fn attempt(fence: u64) -> AttemptId {
     AttemptId { shard: ShardId { run: RunId(1), index: 0 }, fence: Fence(fence) }

@@ -2,6 +2,7 @@
 
 use std::process::{Command, Output};
 
+use protocol::memory::ModelShape;
 use worker::model::quant::PREFILL_ROWS_MIN;
 use worker::model::{
     BatchItem, End, Generated, LoadOptions, Model, ModelError, Precision, Sampler, Sampling, Sequence, argmax,
@@ -257,6 +258,30 @@ fn the_tool_shows_memory_by_phase() {
     }
     let text = String::from_utf8(tool(&["show", &model]).stdout).unwrap();
     assert!(text.contains("one sequence of 1024 tokens,") && text.contains("the most at once"), "{text}");
+}
+
+#[test]
+fn the_tool_tells_a_models_shape_from_its_headers() {
+    let (directory, model) = tiny_file();
+    let told = |path: &str| -> ModelShape {
+        let output = tool(&["shape", "--json", "--", path]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let shape = told(&model);
+    let sizes = [shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn];
+    assert_eq!((sizes, shape.context_length), ([2, 32, 4, 2, 8, 64], 4096));
+    // The same model in both layouts, and one with a window in one layer of two.
+    for name in crate::checkpoints::NAMES {
+        let path = crate::checkpoints::directory(name);
+        let (one, other) = (told(path.to_str().unwrap()), told(path.join("model.gguf").to_str().unwrap()));
+        assert_eq!((one.parameters(), one.tied, one.vocabulary), (other.parameters(), other.tied, other.vocabulary));
+        assert!(one.stored.unwrap().all > 0 && one.is_plausible(), "{name}: {one:?}");
+    }
+    let refused = tool(&["shape", directory.path().to_str().unwrap()]);
+    assert!(!refused.status.success() && refused.stdout.is_empty());
+    let text = String::from_utf8(tool(&["shape", &model]).stdout).unwrap();
+    assert!(text.contains("layers           2\n"), "{text}");
 }
 
 #[test]

@@ -41,6 +41,7 @@ pub(super) struct Played {
     pub(super) budget: u64,
     pub(super) free: u64,
     pub(super) models: Vec<String>,
+    pub(super) shapes: Vec<(String, protocol::memory::ModelShape)>,
     pub(super) held: Vec<HeldSeat>,
 }
 
@@ -81,7 +82,16 @@ impl Lab {
             panic!("not redeemed")
         };
         let models = vec![SMOL.to_owned(), GEMMA.to_owned()];
-        let body = Played { key, session: 0, epoch: 1, budget: 4 * GB, free: 8 * GB, models, held: Vec::new() };
+        let body = Played {
+            key,
+            session: 0,
+            epoch: 1,
+            budget: 4 * GB,
+            free: 8 * GB,
+            models,
+            shapes: Vec::new(),
+            held: Vec::new(),
+        };
         self.boxes.insert(worker, body);
         worker
     }
@@ -108,7 +118,7 @@ impl Lab {
             peer_port: 7000,
             addresses: vec!["10.0.0.7".to_owned()],
             terms: Default::default(),
-            shapes: Vec::new(),
+            shapes: body.shapes,
         };
         let observed = IpAddr::V4(Ipv4Addr::new(192, 168, 0, u8::try_from(worker.0).unwrap()));
         let connected = Connected { worker, session: body.session, spki_sha256: body.key, hello, observed };

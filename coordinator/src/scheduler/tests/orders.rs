@@ -3,6 +3,7 @@
 use protocol::control::FailureKind;
 use protocol::experiment::Spread;
 use protocol::ids::{Role, TokenId, WorkerId};
+use protocol::memory::ModelShape;
 
 use super::lab::{GB, GEMMA, Lab, SMOL, inspect, new_run, shard, transfer};
 use crate::scheduler::{Answer, Effect, Input, Rejection, RunState, ShardState, Verdict, WorkerState};
@@ -155,6 +156,24 @@ fn explain_tells_what_would_have_to_change() {
     let explained = lab.scheduler.explain(shard(run, 0)).unwrap();
     let verdicts: Vec<_> = explained.devices.iter().map(|rated| rated.reason.verdict()).collect();
     assert_eq!(verdicts, [Verdict::Fits, Verdict::Never]);
+}
+
+#[test]
+fn sizes_that_no_model_has_are_not_kept() {
+    let mut lab = Lab::new();
+    let worker = lab.join();
+    let shape = ModelShape::new([2, 32, 4, 2, 8, 64], 400, true, 4096);
+    let body = lab.boxes.get_mut(&worker).unwrap();
+    body.models.push("own.gguf".to_owned());
+    body.shapes = vec![
+        ("own.gguf".to_owned(), shape.clone()),
+        ("own.gguf".to_owned(), shape.clone()),
+        ("not-reported.gguf".to_owned(), shape.clone()),
+        (GEMMA.to_owned(), ModelShape { layers: u32::MAX, ..shape.clone() }),
+    ];
+    lab.connect(worker).unwrap();
+    let report = lab.state().workers[&worker].report.as_ref().unwrap();
+    assert_eq!(report.shapes, [("own.gguf".to_owned(), shape)]);
 }
 
 #[test]

@@ -83,7 +83,7 @@ impl Quantisation {
         sum(&[self.projection_bytes(shape), self.table_bytes(shape), norm * shape.norms()])
     }
 
-    /// Bytes of what is smaller in the next smaller way to hold a model: `None` where there is none.
+    /// The next way that takes fewer bytes; `None` where there is none.
     pub fn smaller(self) -> Option<Self> {
         match self {
             Self::F32 => Some(Self::F16),
@@ -96,7 +96,7 @@ impl Quantisation {
         }
     }
 
-    /// What a card holds keys and values in beside such weights, bytes a number.
+    /// Whether products are those of the reference, with keys and values in f32.
     pub(super) fn is_f32(self) -> bool {
         self == Self::F32
     }

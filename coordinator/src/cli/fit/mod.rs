@@ -288,6 +288,26 @@ mod tests {
     }
 
     #[test]
+    fn present_devices_go_by_their_operators_budgets() {
+        let device = |id: &str, model: &str, capability: Option<&str>| {
+            let capability = capability.map(str::to_owned);
+            serde_json::json!({
+                "id": id, "model": model, "compute_capability": capability, "memory_total_bytes": 8_000_000_000_u64,
+                "memory_budget_bytes": 5_000_000_000_u64, "memory_reserved_bytes": 0,
+            })
+        };
+        let devices = [device("GPU-1", "NVIDIA GeForce GTX 1080", Some("6.1")), device("cpu", "Xeon", None)];
+        let worker = serde_json::json!({
+            "id": "w3", "hostname": "attic", "state": "online", "build": "", "devices": devices, "models": [], "seats": [],
+        });
+        let places = present(&[serde_json::from_value(worker).unwrap()]);
+        let names: Vec<_> =
+            places.iter().map(|place| (place.name.as_str(), place.backend, place.usable_bytes)).collect();
+        let cpu = Backend::Cpu { threads: THREADS };
+        assert_eq!(names, [("w3/gtx-1080", Backend::CARD, 5_000_000_000), ("w3/cpu", cpu, 5_000_000_000)]);
+    }
+
+    #[test]
     fn what_the_catalogue_does_not_know_is_a_usage_error() {
         for arguments in [["--cards", "gtx-1090"], ["--model", "gpt-5"], ["--source", "gpt-5"]] {
             let failure = text(&arguments).unwrap_err();

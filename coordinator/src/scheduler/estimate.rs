@@ -23,13 +23,15 @@ const QUESTION_TOKENS: u32 = 30;
 /// Tokens that the source writes for condition `naive`.
 const NAIVE_TOKENS: u32 = 30;
 
-/// Memory to set aside for a seat wherever it is placed, bytes: the most of what a processor and a card need.
-pub fn seat_bytes(spec: &ShardSpec, role: Role) -> u64 {
-    let on = |backend| seat_bytes_on(spec, role, backend, catalogue::shape);
-    on(Backend::Cpu { threads: THREADS }).max(on(Backend::CARD))
+/// Memory to set aside for a seat wherever it is placed, bytes: the most of what a processor and a card need, and the most of
+/// all the shard's seats, so that those of a gang may change places.
+pub fn seat_bytes(spec: &ShardSpec, _role: Role) -> u64 {
+    let on = |role, backend| seat_bytes_on(spec, role, backend, catalogue::shape);
+    let most = |role: &Role| on(*role, Backend::Cpu { threads: THREADS }).max(on(*role, Backend::CARD));
+    spec.roles().iter().map(most).max().unwrap_or(0)
 }
 
-/// The same on a device that is known, with the models' sizes from `shape`. What a researcher's program needs is declared.
+/// What one seat needs on a device that is known, with the models' sizes from `shape`. What a researcher's program needs is declared.
 pub fn seat_bytes_on<'a>(
     spec: &ShardSpec,
     role: Role,

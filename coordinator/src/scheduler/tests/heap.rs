@@ -108,6 +108,7 @@ impl Heap {
             peer_port: 7000,
             addresses: Vec::new(),
             terms,
+            shapes: Vec::new(),
         };
         let observed = IpAddr::V4(Ipv4Addr::new(10, 0, 0, number));
         let connected = Connected { worker, session: 1, spki_sha256: key, hello, observed };

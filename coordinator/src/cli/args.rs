@@ -319,7 +319,9 @@ pub struct Demo {
 fn parse_device(text: &str) -> Result<DeviceRef, String> {
     text.split_once('/')
         .filter(|(_, device)| !device.is_empty())
-        .and_then(|(worker, device)| Some(DeviceRef { worker: worker.parse().ok()?, device: DeviceId(device.to_owned()) }))
+        .and_then(|(worker, device)| {
+            Some(DeviceRef { worker: worker.parse().ok()?, device: DeviceId(device.to_owned()) })
+        })
         .ok_or_else(|| "expected a device such as w1/cpu".to_owned())
 }
 

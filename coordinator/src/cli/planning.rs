@@ -76,7 +76,9 @@ pub async fn throughput(context: &mut Context) -> Outcome {
     let text = table.render();
     context.show(&Document::new(&rows, text))?;
     if rows.is_empty() {
-        context.output.note("nothing has finished yet: times are guessed from the devices' benchmarks and the catalogue");
+        context
+            .output
+            .note("nothing has finished yet: times are guessed from the devices' benchmarks and the catalogue");
     }
     Ok(exit::OK)
 }
@@ -92,8 +94,8 @@ pub async fn release(context: &mut Context, args: &Release) -> Outcome {
 }
 
 fn sweep(path: &Path) -> Result<(String, String), Failure> {
-    let text =
-        fs::read_to_string(path).map_err(|error| Failure { exit: exit::USAGE, ..Failure::file("read", path, &error) })?;
+    let text = fs::read_to_string(path)
+        .map_err(|error| Failure { exit: exit::USAGE, ..Failure::file("read", path, &error) })?;
     let file = path.display().to_string();
     Sweep::parse(&file, &text).map_err(|error| Failure::in_source("bad-sweep", &error, &text))?;
     Ok((file, text))
@@ -133,7 +135,10 @@ fn plan_text(answer: &PlanAnswer, usd_per_kwh: f64, style: Style) -> String {
         "costs ${:.2} for workers with a price and ${electricity:.2} of electricity ({:.2} kWh at ${usd_per_kwh:.2})",
         answer.price_usd, answer.energy_kwh
     );
-    let _ = writeln!(text, "not covered: fetching models, results' way to the store, faults and what others submit meanwhile");
+    let _ = writeln!(
+        text,
+        "not covered: fetching models, results' way to the store, faults and what others submit meanwhile"
+    );
     text
 }
 
@@ -142,7 +147,8 @@ fn shard_rows(table: &mut Table, shard: &PlanShard) {
     let basis = (shard.basis.clone().unwrap_or_default(), None);
     if shard.seats.is_empty() {
         let empty = || (String::new(), None);
-        let rest = [("nowhere".to_owned(), Some(Tone::Bad)), empty(), empty(), empty(), basis, (shard.why.clone(), None)];
+        let rest =
+            [("nowhere".to_owned(), Some(Tone::Bad)), empty(), empty(), empty(), basis, (shard.why.clone(), None)];
         table.row(head.into_iter().chain(rest));
         return;
     }
@@ -192,8 +198,11 @@ fn replay(context: &mut Context, args: &SimulateArgs, throughputs: &Path, trace:
         &["policy", ">makespan", ">of bound", ">mean completion", ">p95", "utilisation", ">done", ">out of memory"],
     );
     for (name, outcome) in &rows {
-        let ms = |seconds: f64| duration_ms(std::time::Duration::from_secs_f64(seconds.max(0.0)).as_millis().try_into().unwrap_or(u64::MAX));
-        let used: Vec<_> = outcome.utilisation.iter().map(|(model, share)| format!("{model} {:.0} %", share * 100.0)).collect();
+        let ms = |seconds: f64| {
+            duration_ms(std::time::Duration::from_secs_f64(seconds.max(0.0)).as_millis().try_into().unwrap_or(u64::MAX))
+        };
+        let used: Vec<_> =
+            outcome.utilisation.iter().map(|(model, share)| format!("{model} {:.0} %", share * 100.0)).collect();
         lines.row([
             ((*name).to_owned(), None),
             (ms(outcome.makespan_s), None),

@@ -293,6 +293,7 @@ pub(super) fn introduce(engine: &mut Engine<'_>, worker: WorkerId, key: [u8; 32]
         peer_port: 0,
         addresses: Vec::new(),
         terms: Terms { commands: true, ..Terms::default() },
+        shapes: Vec::new(),
     };
     let observed = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let connected = Connected { worker, session: 1, spki_sha256: key, hello, observed };

@@ -25,8 +25,8 @@ const NAIVE_TOKENS: u32 = 30;
 
 /// Memory to set aside for a seat wherever it is placed, bytes: the most of what a processor and a card need, and the most of
 /// all the shard's seats, so that those of a gang may change places.
-pub fn seat_bytes(spec: &ShardSpec, _role: Role) -> u64 {
-    let on = |role, backend| seat_bytes_on(spec, role, backend, catalogue::shape);
+pub fn seat_bytes<'a>(spec: &ShardSpec, shape: impl Fn(&str) -> Option<&'a ModelShape>) -> u64 {
+    let on = |role, backend| seat_bytes_on(spec, role, backend, &shape);
     let most = |role: &Role| on(*role, Backend::Cpu { threads: THREADS }).max(on(*role, Backend::CARD));
     spec.roles().iter().map(most).max().unwrap_or(0)
 }
@@ -36,7 +36,7 @@ pub fn seat_bytes_on<'a>(
     spec: &ShardSpec,
     role: Role,
     backend: Backend,
-    shape: impl Fn(&str) -> Option<&'a ModelShape>,
+    shape: &impl Fn(&str) -> Option<&'a ModelShape>,
 ) -> u64 {
     match spec {
         ShardSpec::Command(command) => return command.memory_bytes,
@@ -104,20 +104,20 @@ mod tests {
 
     #[test]
     fn a_seat_gets_what_its_model_takes_and_a_margin() {
-        let smollm2 = seat_bytes(&inspect("smollm2-135m-instruct", 8), Role::Main);
+        let smollm2 = seat_bytes(&inspect("smollm2-135m-instruct", 8), catalogue::shape);
         // 0.54 GB of f32 weights on a card, CUDA's 0.4 GB, caches.
         assert!((900_000_000..1_300_000_000).contains(&smollm2), "{smollm2}");
-        let few = seat_bytes_on(&inspect("gemma-3-270m", 1), Role::Main, Backend::Cpu { threads: 2 }, |_| None);
-        let many = seat_bytes_on(&inspect("gemma-3-270m", 256), Role::Main, Backend::Cpu { threads: 2 }, |_| None);
+        let few = seat_bytes_on(&inspect("gemma-3-270m", 1), Role::Main, Backend::Cpu { threads: 2 }, &|_| None);
+        let many = seat_bytes_on(&inspect("gemma-3-270m", 256), Role::Main, Backend::Cpu { threads: 2 }, &|_| None);
         assert!((650_000_000..900_000_000).contains(&few) && many > few + 300_000_000, "{few} {many}");
     }
 
     #[test]
     fn a_model_that_its_worker_described_needs_no_guess() {
         let spec = inspect("own.gguf", 1);
-        assert!(seat_bytes(&spec, Role::Main) > UNKNOWN_MODEL_BYTES);
+        assert!(seat_bytes(&spec, catalogue::shape) > UNKNOWN_MODEL_BYTES);
         let shape = ModelShape::new([2, 64, 4, 2, 16, 128], 1000, true, 512);
-        let bytes = seat_bytes_on(&spec, Role::Main, Backend::Cpu { threads: 1 }, |_| Some(&shape));
+        let bytes = seat_bytes_on(&spec, Role::Main, Backend::Cpu { threads: 1 }, &|_| Some(&shape));
         assert!(bytes < 40_000_000, "{bytes}");
     }
 }

@@ -67,7 +67,7 @@ impl Scheduler {
     fn waiting(&self, id: ShardId, shard: &Shard) -> (String, Vec<Rated>) {
         let view = View { state: &self.state, live: &self.live, now: self.now };
         let Some(run) = self.state.runs.get(&id.run) else { return (String::new(), Vec::new()) };
-        let request = Request::of(run, id.index, shard);
+        let request = Request::of(&self.state, run, id.index, shard);
         let devices = self.rate_all(id, shard, &request);
         let wants = need_in_words(view, &request);
         if let Some(sentence) = self.waits_for_others(id) {

@@ -187,7 +187,7 @@ impl Live {
         let ready = run.group_index(id.index).is_some_and(|group| run.is_ready(group));
         if shard.state == ShardState::Waiting && ready {
             let key = PoolKey { priority: std::cmp::Reverse(run.priority), account: run.account.clone() };
-            self.queue.insert(key, id, Request::of(run, id.index, shard));
+            self.queue.insert(key, id, Request::of(state, run, id.index, shard));
         }
     }
 

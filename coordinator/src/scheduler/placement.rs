@@ -119,7 +119,7 @@ impl<'a> Round<'a> {
     pub fn beside(view: View<'a>, shard: ShardId, overtakes: impl Fn(Expected) -> bool) -> Option<Placement> {
         let run = view.state.runs.get(&shard.run)?;
         let body = run.shards.get(shard.index as usize)?;
-        let request = Request::of(run, shard.index, body);
+        let request = Request::of(view.state, run, shard.index, body);
         let mut round = Self::new(view, &Scope::All);
         let taken: Vec<_> = body.open_attempts().flat_map(|attempt| &attempt.seats).map(|seat| &seat.device).collect();
         let idle = view.live.board.rows().filter(|(_, row)| row.lanes.is_empty() && !taken.contains(&&row.device));

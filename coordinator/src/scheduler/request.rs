@@ -8,7 +8,7 @@ use protocol::group::Require;
 use protocol::ids::{AttemptId, DeviceRef, Role, RunId, ShardId, WorkerId};
 
 use super::estimate;
-use super::state::{AttemptState, Run, Shard};
+use super::state::{AttemptState, Run, Shard, State};
 
 /// What a shard asks for. Ordered without whose it is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,16 +53,13 @@ pub enum Place {
 
 impl Request {
     /// What the shard asks for.
-    pub fn of(run: &Run, index: u32, shard: &Shard) -> Self {
+    pub fn of(state: &State, run: &Run, index: u32, shard: &Shard) -> Self {
         let spec = &shard.spec;
+        let bytes = estimate::seat_bytes(spec, |model| state.shape(model));
         Self {
             class: spec.work_class(),
             units: spec.work_units(),
-            seats: spec
-                .roles()
-                .iter()
-                .map(|role| SeatNeed { role: *role, bytes: estimate::seat_bytes(spec, *role), threads: spec.threads() })
-                .collect(),
+            seats: spec.roles().iter().map(|role| SeatNeed { role: *role, bytes, threads: spec.threads() }).collect(),
             models: spec.models().into_iter().map(str::to_owned).collect(),
             spread: spec.spread(),
             require: run.group_of(index).map(|group| group.require.clone()).unwrap_or_default(),

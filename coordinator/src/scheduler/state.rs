@@ -5,11 +5,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use protocol::catalogue;
 use protocol::control::{Failure, FailureKind, Output, Terms, Usage};
 use protocol::experiment::ShardSpec;
 use protocol::group::Group;
 use protocol::hardware::{Device, DeviceKind};
 use protocol::ids::{AttemptId, DeviceRef, Fence, Role, RunId, ShardId, TokenId, WorkerId};
+use protocol::memory::ModelShape;
 use protocol::model_name::is_path;
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
@@ -304,6 +306,13 @@ impl State {
     pub fn lacks_kernel(&self, class: &str, device_model: &str, build: &str) -> bool {
         !self.kernels_missing.is_empty()
             && self.kernels_missing.contains(&(class.to_owned(), device_model.to_owned(), build.to_owned()))
+    }
+
+    /// The sizes of a model: the catalogue's, else what a worker that has it says.
+    pub fn shape(&self, model: &str) -> Option<&ModelShape> {
+        let reports = self.workers.values().filter_map(|worker| worker.report.as_ref());
+        let told = || reports.flat_map(|report| &report.shapes).find(|(name, _)| name == model).map(|(_, shape)| shape);
+        catalogue::shape(model).or_else(told)
     }
 
     /// Until when a device gets nothing.

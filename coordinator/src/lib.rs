@@ -1,7 +1,8 @@
 //! bonepile: the coordinator crate.
 //!
 //! Layout:
-//! - [`scheduler`]: pure, builds alone (`--no-default-features`); everything else is behind the feature `runtime`.
+//! - [`scheduler`]: pure, [`sim`]: the same scheduler among virtual workers, pure too; both build alone
+//!   (`--no-default-features`); everything else is behind the feature `runtime`.
 //! - [`driver`]: the only loop. [`journal`]: every event, durable. [`clock`]: the only wall clock.
 //! - [`authority`]: the cluster's keys, and signing workers. [`net`]: the UDP port: joining, sessions, uploads.
 //! - [`api`]: what the HTTP API says. [`http`]: saying it on a unix socket.
@@ -11,6 +12,7 @@
 
 pub mod forecast;
 pub mod scheduler;
+pub mod sim;
 
 #[cfg(feature = "runtime")]
 pub mod api;

@@ -81,6 +81,9 @@ pub enum Command {
     Models(ModelsCommand),
     /// Run a whole cluster on this machine, a real sweep, and write its report
     Demo(Demo),
+    /// Try the scheduler under simulated faults, or at scale
+    #[command(hide = true)]
+    Sim(Sim),
 }
 
 /// `init`.
@@ -323,6 +326,41 @@ fn parse_device(text: &str) -> Result<DeviceRef, String> {
             Some(DeviceRef { worker: worker.parse().ok()?, device: DeviceId(device.to_owned()) })
         })
         .ok_or_else(|| "expected a device such as w1/cpu".to_owned())
+}
+
+/// `sim`: see docs/simulator.md.
+#[derive(Debug, Args)]
+pub struct Sim {
+    /// Seeds to play
+    #[arg(long, default_value_t = 1_000)]
+    pub seeds: u64,
+    /// The first of them
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    pub from: u64,
+    /// Only this one
+    #[arg(long, conflicts_with_all = ["seeds", "from", "shards"])]
+    pub seed: Option<u64>,
+    /// With --seed: print what was drawn and everything that happens
+    #[arg(long, requires = "seed")]
+    pub trace: bool,
+    /// Append a failing seed to this file
+    #[arg(long, value_name = "FILE")]
+    pub keep: Option<PathBuf>,
+    /// Threads; default: one a core
+    #[arg(long)]
+    pub jobs: Option<usize>,
+    /// Break the cluster on purpose, to see it caught
+    #[arg(long, value_name = "NAME")]
+    pub sabotage: Option<crate::sim::Sabotage>,
+    /// Instead of seeds: one cluster without faults with so many shards
+    #[arg(long)]
+    pub shards: Option<usize>,
+    /// Its devices
+    #[arg(long, default_value_t = 10_000, requires = "shards", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=100_000))]
+    pub devices: usize,
+    /// Most time of each of its runs inside the scheduler, seconds
+    #[arg(long, default_value_t = 600, requires = "shards")]
+    pub seconds: u64,
 }
 
 /// Reads `90s`, `30m`, `2h` or `7d`, from a second to a year.

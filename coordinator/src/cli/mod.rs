@@ -1,7 +1,7 @@
 //! The command line: arguments as typed, then resolved; each command in a file; words through one [`output::Output`].
 //!
 //! Decides nothing about the cluster: it asks the coordinator over its unix socket, and works on files only where no
-//! coordinator is needed (`init`, `store`, `models`).
+//! coordinator is needed (`init`, `store`, `models`, `sim`).
 
 pub mod args;
 pub mod client;
@@ -18,6 +18,7 @@ pub mod progress;
 pub mod research;
 pub mod results;
 pub mod serve;
+pub mod sim;
 pub mod store;
 pub mod table;
 pub mod text;
@@ -58,6 +59,7 @@ fn run(context: &mut Context, command: Command) -> Outcome {
         Command::Store(command) => store::run(context, &command),
         Command::Models(command) => models::run(context, &command),
         Command::Fit(args) => wait(fit::run(context, &args)),
+        Command::Sim(args) => sim::run(context, &args),
         Command::Demo(args) => wait(crate::demo::run(context, &args)),
         asking => wait(ask(context, asking)),
     }
@@ -88,6 +90,7 @@ async fn ask(context: &mut Context, command: Command) -> Outcome {
         | Command::Store(_)
         | Command::Models(_)
         | Command::Fit(_)
+        | Command::Sim(_)
         | Command::Demo(_) => {
             unreachable!("these do not ask the coordinator")
         }

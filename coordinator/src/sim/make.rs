@@ -1,0 +1,150 @@
+//! Every message, device and order that the simulator makes, each in one place: a new field of the protocol is one line here.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use protocol::control::{Failure, FailureKind, Heartbeat, HeldSeat, Hello, Output, SeatFailed, SeatFinished, Usage};
+use protocol::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
+use protocol::hardware::{ComputeCapability, Device, DeviceKind, Telemetry};
+use protocol::ids::{ArtifactHash, AttemptId, DeviceId, Role, WorkerId};
+use protocol::time::UnixMillis;
+
+use super::scenario::{BoxPlan, DevicePlan};
+use crate::scheduler::input::Connected;
+use crate::scheduler::{Input, NewRun, Settings};
+
+/// A model of the catalogue.
+pub const SMALL_MODEL: &str = "smollm2-135m-instruct";
+/// Another, larger one.
+pub const LARGE_MODEL: &str = "gemma-3-270m";
+/// A file of some boxes: nobody knows which before it is tried.
+pub const PATH_MODEL: &str = "/data/own.gguf";
+/// Virtual time 0 on the coordinator's clock, milliseconds since 1970.
+pub const EPOCH_MS: u64 = 1_700_000_000_000;
+
+/// The public key of the box at this index.
+pub fn key(index: usize) -> [u8; 32] {
+    let mut key = [7; 32];
+    key[..8].copy_from_slice(&(index as u64).to_le_bytes());
+    key
+}
+
+/// Its host name.
+pub fn hostname(index: usize) -> String {
+    format!("box-{index}")
+}
+
+/// A greeting.
+pub fn hello(index: usize, epoch: u64, plan: &BoxPlan, held: Vec<HeldSeat>) -> Hello {
+    Hello {
+        build: "simulated".to_owned(),
+        hostname: hostname(index),
+        epoch: UnixMillis(EPOCH_MS + epoch),
+        devices: plan.devices.iter().map(device).collect(),
+        models: plan.models.iter().filter(|model| !model.starts_with('/')).cloned().collect(),
+        held,
+        peer_port: 7000,
+        addresses: Vec::new(),
+    }
+}
+
+/// A session's beginning.
+pub fn connected(worker: WorkerId, index: usize, session: u64, hello: Hello) -> Input {
+    let [.., high, low] = worker.0.to_be_bytes();
+    let observed = IpAddr::V4(Ipv4Addr::new(10, 0, high, low));
+    Input::Connected(Box::new(Connected { worker, session, spki_sha256: key(index), hello, observed }))
+}
+
+/// A device as reported.
+pub fn device(plan: &DevicePlan) -> Device {
+    let cuda = plan.kind == DeviceKind::Cuda;
+    Device {
+        id: plan.id.clone(),
+        kind: plan.kind,
+        model: plan.model.clone(),
+        compute_capability: cuda
+            .then_some(ComputeCapability { major: plan.capability / 10, minor: plan.capability % 10 }),
+        memory_total_bytes: plan.total_bytes,
+        memory_budget_bytes: plan.budget_bytes,
+        threads: 4,
+        unusable: None,
+    }
+}
+
+/// A device's measurements.
+pub fn telemetry(device: DeviceId, free_bytes: u64, ours_bytes: u64, sick: bool) -> Telemetry {
+    Telemetry {
+        device,
+        memory_free_bytes: free_bytes,
+        memory_ours_bytes: ours_bytes,
+        utilisation_percent: None,
+        temperature_celsius: None,
+        power_milliwatts: None,
+        sick: sick.then(|| "the driver answers no more".to_owned()),
+    }
+}
+
+/// A sign of life.
+pub fn heartbeat(sequence: u64, telemetry: Vec<Telemetry>, held: Vec<HeldSeat>) -> Heartbeat {
+    Heartbeat { sequence, telemetry, held }
+}
+
+/// A seat that is held.
+pub fn held(attempt: AttemptId, role: Role) -> HeldSeat {
+    HeldSeat { attempt, role, progress: Default::default() }
+}
+
+/// A result; `content` tells results apart.
+pub fn finished(attempt: AttemptId, role: Role, wall_ms: u64, peak_bytes: u64, content: u64) -> SeatFinished {
+    let mut hash = [0; 32];
+    hash[..8].copy_from_slice(&attempt.fence.0.to_le_bytes());
+    hash[8] = role as u8;
+    hash[9..17].copy_from_slice(&content.to_le_bytes());
+    SeatFinished {
+        attempt,
+        role,
+        outputs: vec![Output { name: "result.json".to_owned(), hash: ArtifactHash(hash), bytes: 10 }],
+        usage: Usage { wall_ms, memory_peak_bytes: peak_bytes, packet_bytes: 0 },
+        models: Vec::new(),
+        build: "simulated".to_owned(),
+    }
+}
+
+/// A failure.
+pub fn failed(attempt: AttemptId, role: Role, kind: FailureKind) -> SeatFailed {
+    SeatFailed { attempt, role, failure: Failure::new(kind, "as the seed wants") }
+}
+
+/// A run to submit.
+pub fn new_run(priority: i32, specs: Vec<ShardSpec>) -> NewRun {
+    NewRun {
+        name: "simulated".to_owned(),
+        priority,
+        seed: 1,
+        file: "simulated.toml".to_owned(),
+        text: String::new(),
+        specs,
+    }
+}
+
+/// Settings of a cluster.
+pub fn settings(lease_ttl_ms: u64, attempts_max: u32) -> Settings {
+    Settings { lease_ttl_ms, attempts_max }
+}
+
+/// The cheapest work there is.
+pub fn inspect(model: &str, seed: u64) -> ShardSpec {
+    ShardSpec::Inspect(InspectSpec { model: model.to_owned(), layers: LayerSelection::All, texts: 4, seed })
+}
+
+/// Work with two seats.
+pub fn transfer(model: &str, spread: Spread, seed: u64) -> ShardSpec {
+    ShardSpec::Transfer(TransferSpec {
+        model: model.to_owned(),
+        first_fact: 0,
+        facts: 4,
+        conditions: vec![Condition::Text, Condition::Injected],
+        answer_tokens: 8,
+        spread,
+        seed,
+    })
+}

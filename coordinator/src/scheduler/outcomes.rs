@@ -72,8 +72,10 @@ impl Scheduler {
         let seconds = self.state.settings.lease_ttl_ms / 1000;
         let message = format!("nothing was heard of it from {} for {seconds} s", seat.device.worker);
         let failure = Failure::new(FailureKind::LeaseExpired, message).hint("is the box up and its network well?");
-        // Its worker is not told to drop it: if it comes back before the shard is placed again, the work still counts.
-        self.fail_attempt(attempt, role, failure, false);
+        // A worker that is away is not told to drop it: if it comes back before the shard is placed again, the work still
+        // counts. One that is here must drop it before anything else is placed on its device.
+        let here = self.live.connected(seat.device.worker).is_some();
+        self.fail_attempt(attempt, role, failure, here);
     }
 
     /// Ends an open attempt without a result, frees its devices and sends its shard where it belongs. `tell`: cancel the

@@ -4,7 +4,7 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help build demo test lint deny bench bench-model check-reference
+.PHONY: help build demo test lint deny bench bench-model check-reference sim
 
 help:
 	@echo "make demo   build, bring two models, run a whole cluster on this machine, write a report"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint   every gate: format, clippy, rustdoc, the parts that must build alone, licences"
 	@echo "make build  the three programs, in $(RELEASE)"
 	@echo "make bench  speed and memory of the models on this machine"
+	@echo "make sim    10,000 seeds of faults against the scheduler, then a million shards on 10,000 devices"
 	@echo "make check-reference  every K, V and logit of two models against transformers' (minutes, 7 GB)"
 
 # One program a command: the agent is built without ML in it, and stays so.
@@ -64,3 +65,13 @@ bench-model:
 # Full tensors are made once, below the user's cache; transformers comes from a package the first time.
 check-reference:
 	python3 tests/reference/check.py $(CARGO)
+
+# Stops at the first seed in which an invariant does not hold, prints the command that plays it again, and keeps the seed.
+SIM_SEEDS ?= 10000
+SIM_SHARDS ?= 1000000
+SIM_DEVICES ?= 10000
+
+sim:
+	$(CARGO) build --release --locked -p coordinator --bin bonepile
+	$(RELEASE)/bonepile sim --seeds $(SIM_SEEDS) --keep tests/seeds/scheduler.txt
+	$(RELEASE)/bonepile sim --shards $(SIM_SHARDS) --devices $(SIM_DEVICES)

@@ -11,8 +11,6 @@ use super::sabotage::Sabotage;
 pub struct Disk {
     durable: Vec<Record>,
     writing: Vec<Record>,
-    /// Length of the newest batch that was written.
-    newest_batch: usize,
     sabotage: Option<Sabotage>,
     forged: bool,
 }
@@ -42,18 +40,19 @@ impl Disk {
 
     /// The batch is durable; gives it.
     pub fn finish(&mut self) -> &[Record] {
-        self.newest_batch = self.writing.len();
+        let before = self.durable.len();
         self.durable.append(&mut self.writing);
-        &self.durable[self.durable.len() - self.newest_batch..]
+        &self.durable[before..]
     }
 
     /// The process was killed.
     pub fn killed(&mut self) {
         self.writing.clear();
         if self.sabotage == Some(Sabotage::LosesWritten) {
-            self.durable.truncate(self.durable.len() - self.newest_batch);
+            let outcome = |record: &Record| matches!(record.event, Event::SeatCompleted(_));
+            let kept = self.durable.iter().position(outcome).unwrap_or(self.durable.len());
+            self.durable.truncate(kept);
         }
-        self.newest_batch = 0;
     }
 
     /// Every durable record.

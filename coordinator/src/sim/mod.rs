@@ -7,8 +7,8 @@
 //! Layout, in the order of a history:
 //! - [`scenario`]: everything drawn before the first step, from [`rng`]; [`fault`]: what goes wrong and when; [`truth`]: what
 //!   is true about work and cards and unknown to the scheduler.
-//! - [`world`]: the loop over [`queue`]; its parts in `process.rs` (the coordinator's process), `wire.rs` (links and
-//!   sessions) and `trouble.rs` (faults, orders, healing).
+//! - [`world`]: the loop over [`queue`]; its parts in `process.rs` and `turns.rs` (the coordinator's process), `wire.rs`
+//!   (links and sessions), `trouble.rs` (faults, orders, healing) and `trace.rs`.
 //! - [`worker`]: a box that keeps the worker's side of the protocol; [`disk`]: the journal's disk.
 //! - [`check`]: what must hold, each with its name; [`sabotage`]: breaking it on purpose.
 //! - [`run`]: one seed from its number to its verdict. [`scale`]: one large cluster without faults.
@@ -25,8 +25,10 @@ pub mod run;
 pub mod sabotage;
 pub mod scale;
 pub mod scenario;
+mod trace;
 mod trouble;
 pub mod truth;
+mod turns;
 mod wire;
 pub mod worker;
 pub mod world;

@@ -3,7 +3,7 @@
 /// What is broken, and by which check it must be caught.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sabotage {
-    /// The disk loses the newest batch when the coordinator is killed, after it said that it was written.
+    /// The disk loses everything from the first outcome on when the coordinator is killed, after it said that it was written.
     LosesWritten,
     /// Effects leave before the journal is written.
     ActsEarly,

@@ -56,8 +56,12 @@ pub struct Measured {
     pub busy: Duration,
     /// Placements after each device had its first shard.
     pub steady_placements: u64,
-    /// Time inside the scheduler after that, signs of life not counted.
+    /// Time inside the scheduler after that, signs of life included.
     pub steady_busy: Duration,
+    /// Signs of life after that.
+    pub steady_beats: u64,
+    /// Time inside the scheduler for them.
+    pub steady_beats_busy: Duration,
     /// Virtual time, milliseconds.
     pub virtual_ms: u64,
     /// Stopped by [`Size::busy_max`].
@@ -70,11 +74,19 @@ impl Measured {
         per_second(self.placements, self.busy)
     }
 
-    /// Nanoseconds a placement once the cluster is full, without signs of life.
-    pub fn steady_ns(&self) -> u64 {
-        let ns = self.steady_busy.as_nanos() / u128::from(self.steady_placements.max(1));
-        u64::try_from(ns).unwrap_or(u64::MAX)
+    /// Nanoseconds a placement once the cluster is full, everything included.
+    pub fn decision_ns(&self) -> u64 {
+        nanoseconds_each(self.steady_busy, self.steady_placements)
     }
+
+    /// Nanoseconds a sign of life once the cluster is full.
+    pub fn beat_ns(&self) -> u64 {
+        nanoseconds_each(self.steady_beats_busy, self.steady_beats)
+    }
+}
+
+fn nanoseconds_each(time: Duration, count: u64) -> u64 {
+    u64::try_from(time.as_nanos() / u128::from(count.max(1))).unwrap_or(u64::MAX)
 }
 
 fn per_second(count: u64, time: Duration) -> u64 {
@@ -196,10 +208,7 @@ impl<'a> Plant<'a> {
                 self.held[at].remove(&(attempt, role));
                 let finished = make::finished(attempt, role, SHARD_MS.0, GB, 0);
                 let worker = self.worker(at);
-                let took = self.timed(Input::SeatFinished { worker, session: 1, finished });
-                if self.measured.placements >= self.size.devices.min(self.size.shards) as u64 {
-                    self.measured.steady_busy += took;
-                }
+                self.timed(Input::SeatFinished { worker, session: 1, finished });
             }
         }
     }
@@ -211,7 +220,16 @@ impl<'a> Plant<'a> {
         let held = self.held[at].iter().map(|(attempt, role)| make::held(*attempt, *role)).collect();
         let heartbeat = make::heartbeat(1, telemetry, held);
         let worker = self.worker(at);
-        self.timed(Input::Heartbeat { worker, session: 1, heartbeat });
+        let took = self.timed(Input::Heartbeat { worker, session: 1, heartbeat });
+        if self.is_full() {
+            self.measured.steady_beats += 1;
+            self.measured.steady_beats_busy += took;
+        }
+    }
+
+    /// Every device has had a shard.
+    fn is_full(&self) -> bool {
+        self.measured.placements >= self.size.devices.min(self.size.shards) as u64
     }
 
     fn worker(&self, at: usize) -> WorkerId {
@@ -229,16 +247,18 @@ impl<'a> Plant<'a> {
         let took = (self.clock)().saturating_sub(began);
         self.measured.busy += took;
         self.measured.inputs += 1;
+        if self.is_full() {
+            self.measured.steady_busy += took;
+        }
         took
     }
 
     /// Events are counted as if written, effects carried out.
     fn settle(&mut self) {
-        let full = self.size.devices.min(self.size.shards) as u64;
         for record in self.scheduler.take_events() {
             match record.event {
                 Event::AttemptPlaced(_) => {
-                    if self.measured.placements >= full {
+                    if self.is_full() {
                         self.measured.steady_placements += 1;
                     }
                     self.measured.placements += 1;

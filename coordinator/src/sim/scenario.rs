@@ -63,7 +63,7 @@ pub struct Scenario {
 }
 
 /// A box.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BoxPlan {
     /// Its devices.
     pub devices: Vec<DevicePlan>,
@@ -72,7 +72,7 @@ pub struct BoxPlan {
 }
 
 /// A device.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DevicePlan {
     /// Its id.
     pub id: DeviceId,
@@ -118,8 +118,12 @@ impl Scenario {
         let rng = &mut Rng::new(seed, Stream::Cluster);
         let lease_ttl_ms = rng.between(8, 30) * 1000;
         let safety_ms = rng.between(40, 200) * 1000;
-        let boxes: Vec<_> = (0..rng.between(2, 6) as usize).map(|index| draw_box(rng, index)).collect();
-        let truth = draw_truth(rng);
+        // In a crowded cluster shards wait for devices; in others devices wait for shards.
+        let crowded = rng.chance(400);
+        let boxes =
+            (0..rng.between(2, if crowded { 3 } else { 6 }) as usize).map(|index| draw_box(rng, index, crowded));
+        let boxes: Vec<_> = boxes.collect();
+        let truth = draw_truth(rng, if crowded { 4 } else { 1 });
         let runs = draw_runs(rng, safety_ms);
         let wire = WirePlan {
             latency_ms: *rng.pick(&[(0, 1), (1, 5), (5, 60), (1, 900)]),
@@ -210,7 +214,7 @@ impl fmt::Display for Scenario {
     }
 }
 
-fn draw_box(rng: &mut Rng, index: usize) -> BoxPlan {
+fn draw_box(rng: &mut Rng, index: usize, crowded: bool) -> BoxPlan {
     let anchor = index < ANCHORS;
     let (name, _) = *rng.pick(&PROCESSORS);
     let budget_gb = if anchor { rng.between(5, 14) } else { rng.between(1, 6) };
@@ -225,7 +229,8 @@ fn draw_box(rng: &mut Rng, index: usize) -> BoxPlan {
             budget_bytes: budget_gb * GB,
         });
     }
-    let cards = if devices.is_empty() { rng.between(1, 4) } else { rng.between(0, 3) };
+    let cards_max = if crowded { 1 } else { 4 };
+    let cards = rng.between(u64::from(devices.is_empty()), cards_max);
     for number in 0..cards {
         let (name, total_gb, capability, _) = *rng.pick(&CARDS);
         devices.push(DevicePlan {
@@ -242,11 +247,11 @@ fn draw_box(rng: &mut Rng, index: usize) -> BoxPlan {
     BoxPlan { devices, models }
 }
 
-fn draw_truth(rng: &mut Rng) -> Truth {
-    let otherwise_ms = rng.between(200, 12_000);
+fn draw_truth(rng: &mut Rng, factor: u64) -> Truth {
+    let otherwise_ms = rng.between(200, 12_000) * factor;
     let mut truth = Truth { otherwise_ms, ..Truth::default() };
     for spec in example_specs() {
-        let base_ms = rng.between(200, 12_000);
+        let base_ms = rng.between(200, 12_000) * factor;
         let models = PROCESSORS.iter().map(|(name, speed)| (*name, *speed)).chain(CARDS.map(|card| (card.0, card.3)));
         for (model, speed) in models {
             // One factor a card is wrong by up to some times: each class has its own.

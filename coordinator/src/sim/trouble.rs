@@ -158,13 +158,7 @@ impl World {
             self.links[at].blocked_until = 0;
             self.links[at].deadly = false;
             self.workers[at].heal();
-            if self.workers[at]
-                .plan
-                .devices
-                .iter()
-                .zip(&self.scenario.boxes[at].devices)
-                .any(|(a, b)| a.budget_bytes != b.budget_bytes)
-            {
+            if self.workers[at].plan != self.scenario.boxes[at] {
                 self.workers[at].plan = self.scenario.boxes[at].clone();
                 self.crash(at, 500);
             }

@@ -1,25 +1,24 @@
 //! The loop: takes what happens next from the queue until faults are over and every shard with them.
 //!
-//! Here are the world itself, the coordinator's turns and what workers do; links are in `wire.rs`, faults in `trouble.rs`.
+//! Here are the world itself, and what people and workers do; the coordinator's turns are in `turns.rs`, links in `wire.rs`,
+//! faults in `trouble.rs`.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use protocol::control::FailureKind;
 use protocol::ids::{Role, RunId, TokenId, WorkerId};
+use protocol::limits::HEARTBEAT_INTERVAL_MS;
 
 use super::check::Violation;
 use super::fault::Stage;
 use super::make;
-use super::process::{Asker, Process, Reply};
+use super::process::{Asker, Process};
 use super::queue::Queue;
 use super::rng::{Rng, Stream};
 use super::run::Tally;
-use super::sabotage::Sabotage;
 use super::scenario::Scenario;
 use super::wire::{Down, Link, SessionKey, Up};
 use super::worker::{Deed, Mate, SeatKey, VirtualWorker};
-use crate::scheduler::{Answer, Effect, Event, Input, State};
-use protocol::limits::HEARTBEAT_INTERVAL_MS;
+use crate::scheduler::{Input, State};
 
 /// Lines of the trace that are kept for a failure.
 pub const TRACE_LINES: usize = 30;
@@ -91,19 +90,19 @@ pub struct World {
     pub(super) now_ms: u64,
     pub(super) wire_rng: Rng,
     pub(super) work_rng: Rng,
-    disk_rng: Rng,
+    pub(super) disk_rng: Rng,
     pub(super) sessions: u64,
-    wake_at: Option<u64>,
+    pub(super) wake_at: Option<u64>,
     /// The coordinator dies when it next comes to this point.
     pub(super) armed: Option<(Stage, u64)>,
     pub(super) slow_journal_ms: u64,
     pub(super) healed: bool,
-    token: Option<TokenId>,
+    pub(super) token: Option<TokenId>,
     pub(super) by_id: BTreeMap<WorkerId, usize>,
     pub(super) submitted: Vec<Option<RunId>>,
     /// Counts of what happened.
     pub tally: Tally,
-    trace: Option<VecDeque<String>>,
+    pub(super) trace: Option<VecDeque<String>>,
     /// Print trace lines as they come.
     whole_trace: bool,
 }
@@ -220,13 +219,7 @@ impl World {
                 Ok(())
             }
             Happening::CoordinatorUp => self.coordinator_up(),
-            Happening::Wake(at_ms) => {
-                if self.wake_at != Some(at_ms) {
-                    return Ok(());
-                }
-                self.wake_at = None;
-                self.turn()
-            }
+            Happening::Wake(at_ms) => self.wake(at_ms),
             Happening::JournalDone(life) => self.journal_done(life),
             Happening::Dial(at) => {
                 self.dial(at);
@@ -252,153 +245,6 @@ impl World {
                 let deeds = self.workers[at].seat_ends(self.now_ms, seat, token, mate);
                 self.deeds(at, deeds);
                 Ok(())
-            }
-        }
-    }
-}
-
-/// The coordinator's turns.
-impl World {
-    fn coordinator_up(&mut self) -> Result<(), Violation> {
-        if self.process.is_up() {
-            return Ok(());
-        }
-        self.process.start(self.now_ms)?;
-        self.wake_at = None;
-        self.say(|| "coordinator starts".to_owned());
-        self.turn()
-    }
-
-    /// An input for the coordinator, which takes it now or after what it is writing.
-    pub(super) fn offer(&mut self, from: Asker, input: Input) -> Result<(), Violation> {
-        if let Input::SeatFinished { worker, finished, .. } = &input {
-            self.process.ledger.heard(*worker, finished.attempt, finished.role);
-        }
-        if self.trace.is_some() {
-            let line = describe(&input);
-            self.say(|| format!("  > {line}"));
-        }
-        self.process.offer(from, input);
-        self.turn()
-    }
-
-    pub(super) fn turn(&mut self) -> Result<(), Violation> {
-        while self.process.is_up() && !self.process.writing {
-            if self.dies_at(Stage::Idle)? {
-                return Ok(());
-            }
-            self.process.decide(self.now_ms)?;
-            if self.dies_at(Stage::Decided)? {
-                return Ok(());
-            }
-            if self.process.write()? {
-                if self.dies_at(Stage::Torn)? || self.dies_at(Stage::Written)? {
-                    return Ok(());
-                }
-                let (least, most) = self.scenario.disk_ms;
-                let takes_ms = self.disk_rng.between(least, most) + std::mem::take(&mut self.slow_journal_ms);
-                self.queue.push(self.now_ms + takes_ms, Happening::JournalDone(self.process.life));
-                if self.scenario.sabotage == Some(Sabotage::ActsEarly) {
-                    self.let_out()?;
-                }
-                return Ok(());
-            }
-            self.let_out()?;
-            if !self.process.has_input() {
-                break;
-            }
-        }
-        self.set_wake();
-        Ok(())
-    }
-
-    fn journal_done(&mut self, life: u64) -> Result<(), Violation> {
-        if life != self.process.life || !self.process.writing {
-            return Ok(());
-        }
-        let before = self.process.disk.records().len();
-        self.process.written()?;
-        self.count(before);
-        self.let_out()?;
-        self.turn()
-    }
-
-    /// Effects and answers, once what they tell is durable.
-    fn let_out(&mut self) -> Result<(), Violation> {
-        let mut sent = 0;
-        loop {
-            if self.dies_at(Stage::Acting(sent))? {
-                return Ok(());
-            }
-            match self.process.act()? {
-                Some(effect) => self.send_out(effect),
-                None => break,
-            }
-            sent += 1;
-        }
-        for reply in self.process.take_replies() {
-            self.answered(reply)?;
-        }
-        Ok(())
-    }
-
-    fn send_out(&mut self, effect: Effect) {
-        let life = self.process.life;
-        let (worker, session, message) = match effect {
-            Effect::Send { worker, session, message } => (worker, session, Down::Message(Box::new(message))),
-            Effect::Close { worker, session } => (worker, session, Down::Closed),
-            Effect::WriteManifest { .. } => return,
-        };
-        if let Some(at) = self.by_id.get(&worker).copied() {
-            self.send_down(at, SessionKey { life, session }, message);
-        }
-    }
-
-    fn answered(&mut self, reply: Reply) -> Result<(), Violation> {
-        let life = self.process.life;
-        match (reply.to, reply.answer) {
-            (Asker::Session(worker, session), answer) => {
-                let message = if answer.is_ok() { Down::Welcome } else { Down::Closed };
-                if let Some(at) = self.by_id.get(&worker).copied() {
-                    self.send_down(at, SessionKey { life, session }, message);
-                }
-            }
-            (Asker::Submission(index), Ok(Answer::Run(run))) => {
-                self.process.ledger.told_accepted(run)?;
-                self.say(|| format!("submission {} is {run}", index + 1));
-                self.submitted[index].get_or_insert(run);
-            }
-            (Asker::Token, Ok(Answer::Token(token))) => self.token = Some(token),
-            (Asker::Box(at), Ok(Answer::Worker(worker))) => {
-                self.say(|| format!("box {at} is {worker}"));
-                self.workers[at].id = Some(worker);
-                self.by_id.insert(worker, at);
-                self.queue.push(self.now_ms, Happening::Dial(at));
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    fn set_wake(&mut self) {
-        let forgets = self.scenario.sabotage == Some(Sabotage::ForgetsLeases);
-        let Some(deadline_ms) = self.process.deadline_ms().filter(|_| !forgets) else { return };
-        let at_ms = deadline_ms.max(self.now_ms + 1);
-        if self.wake_at.is_none_or(|wake_at| at_ms < wake_at) {
-            self.wake_at = Some(at_ms);
-            self.queue.push(at_ms, Happening::Wake(at_ms));
-        }
-    }
-
-    pub(super) fn count(&mut self, from: usize) {
-        let (records, tally) = (self.process.disk.records(), &mut self.tally);
-        for record in &records[from.min(records.len())..] {
-            *tally.events.entry(record.event.kind()).or_default() += 1;
-        }
-        if self.trace.is_some() {
-            let lines: Vec<_> = records[from.min(records.len())..].iter().map(|record| fact(&record.event)).collect();
-            for line in lines {
-                self.say(|| format!("    = {line}"));
             }
         }
     }
@@ -490,48 +336,5 @@ impl World {
         self.tally.inputs = self.process.inputs;
         self.tally.virtual_ms = self.now_ms;
         self.process.check_history(self.now_ms)
-    }
-}
-
-/// An input in few words.
-fn describe(input: &Input) -> String {
-    match input {
-        Input::Heartbeat { worker, session, heartbeat } => {
-            let held: Vec<_> = heartbeat.held.iter().map(|seat| format!("{} {}", seat.attempt, seat.role)).collect();
-            format!("heartbeat of {worker} on {session}, holds {held:?}")
-        }
-        Input::Connected(connected) => {
-            let held: Vec<_> =
-                connected.hello.held.iter().map(|seat| format!("{} {}", seat.attempt, seat.role)).collect();
-            format!(
-                "greeting of {} on {}, epoch {}, holds {held:?}",
-                connected.worker, connected.session, connected.hello.epoch.0
-            )
-        }
-        Input::SeatFinished { worker, session, finished } => {
-            format!("{worker} on {session}: finished {} {}", finished.attempt, finished.role)
-        }
-        Input::SeatFailed { worker, session, failed } => {
-            let kind: FailureKind = failed.failure.kind;
-            format!("{worker} on {session}: failed {} {}: {kind}", failed.attempt, failed.role)
-        }
-        Input::Submit(run) => format!("submit {} shards", run.specs.len()),
-        other => format!("{other:?}"),
-    }
-}
-
-/// An event in few words.
-fn fact(event: &Event) -> String {
-    match event {
-        Event::AttemptPlaced(placed) => {
-            let seats: Vec<_> = placed.seats.iter().map(|seat| format!("{} on {}", seat.role, seat.device)).collect();
-            format!("AttemptPlaced {}: {seats:?}", placed.attempt)
-        }
-        Event::SeatCompleted(done) => format!("SeatCompleted {} {}", done.attempt, done.role),
-        Event::DevicesReported { worker, report } => {
-            format!("DevicesReported {worker}, {} devices", report.devices.len())
-        }
-        Event::RunAccepted(accepted) => format!("RunAccepted {}, {} shards", accepted.run, accepted.specs.len()),
-        other => format!("{other:?}"),
     }
 }

@@ -207,7 +207,7 @@ fn draw_one(rng: &mut Rng, kind: u64, boxes: &[BoxPlan], lease_ttl_ms: u64) -> F
         9 => Fault::FullDisk { at, ms },
         10 => Fault::ForeignMemory { at, device, bytes: rng.between(5, 80) * GB / 10, ms },
         11 => Fault::ModelLost { at, model: [SMALL_MODEL, LARGE_MODEL][rng.index(2)], ms },
-        12 => Fault::SeatFails { at, kind: FailureKind::from(rng.between(1, 13) as u16) },
+        12 => Fault::SeatFails { at, kind: FailureKind::from(rng.between(1, 19) as u16) },
         13 => Fault::SlowJournal { ms: rng.between(500, 6_000) },
         14 => Fault::ClockJump { by_ms: *rng.pick(&[-20_000, -2_000, 2_000, 15_000, 60_000]) },
         _ => {

@@ -3,12 +3,14 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use protocol::control::{Failure, FailureKind, Heartbeat, HeldSeat, Hello, Output, SeatFailed, SeatFinished, Usage};
-use protocol::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
+use protocol::experiment::{
+    CommandSpec, Condition, InspectSpec, LayerSelection, NoOpSpec, ShardSpec, Spread, TransferSpec,
+};
 use protocol::hardware::{ComputeCapability, Device, DeviceKind, Telemetry};
 use protocol::ids::{ArtifactHash, AttemptId, DeviceId, Role, WorkerId};
 use protocol::time::UnixMillis;
 
-use super::scenario::{BoxPlan, DevicePlan};
+use super::scenario::{BoxPlan, DevicePlan, RunPlan};
 use crate::scheduler::input::Connected;
 use crate::scheduler::{Input, NewRun, Settings};
 
@@ -18,6 +20,8 @@ pub const SMALL_MODEL: &str = "smollm2-135m-instruct";
 pub const LARGE_MODEL: &str = "gemma-3-270m";
 /// A file of some boxes: nobody knows which before it is tried.
 pub const PATH_MODEL: &str = "/data/own.gguf";
+/// A researcher's program.
+pub const PROGRAM: &str = "simulate-me";
 /// Virtual time 0 on the coordinator's clock, milliseconds since 1970.
 pub const EPOCH_MS: u64 = 1_700_000_000_000;
 
@@ -44,6 +48,7 @@ pub fn hello(index: usize, epoch: u64, plan: &BoxPlan, held: Vec<HeldSeat>) -> H
         held,
         peer_port: 7000,
         addresses: Vec::new(),
+        terms: plan.terms.clone(),
     }
 }
 
@@ -67,6 +72,7 @@ pub fn device(plan: &DevicePlan) -> Device {
         memory_budget_bytes: plan.budget_bytes,
         threads: 4,
         unusable: None,
+        speed: plan.speed,
     }
 }
 
@@ -115,14 +121,17 @@ pub fn failed(attempt: AttemptId, role: Role, kind: FailureKind) -> SeatFailed {
 }
 
 /// A run to submit.
-pub fn new_run(priority: i32, specs: Vec<ShardSpec>) -> NewRun {
+pub fn new_run(plan: &RunPlan) -> NewRun {
     NewRun {
         name: "simulated".to_owned(),
-        priority,
+        priority: plan.priority,
         seed: 1,
+        account: plan.account.clone(),
+        running_max: plan.running_max,
         file: "simulated.toml".to_owned(),
         text: String::new(),
-        specs,
+        groups: Vec::new(),
+        specs: plan.specs.clone(),
     }
 }
 
@@ -132,6 +141,27 @@ pub fn settings(lease_ttl_ms: u64, attempts_max: u32) -> Settings {
 }
 
 /// The cheapest work there is.
+pub fn no_op(index: u32) -> ShardSpec {
+    ShardSpec::NoOp(NoOpSpec { index })
+}
+
+/// A researcher's program that declares its memory.
+pub fn command(class: &str, memory_bytes: u64) -> ShardSpec {
+    ShardSpec::Command(Box::new(CommandSpec {
+        argv: vec![class.to_owned()],
+        env: Vec::new(),
+        files: Vec::new(),
+        memory_bytes,
+        threads: 2,
+        collect: Vec::new(),
+        timeout_ms: 0,
+        retries: 1,
+        class: class.to_owned(),
+        work: 1,
+    }))
+}
+
+/// Work with one seat.
 pub fn inspect(model: &str, seed: u64) -> ShardSpec {
     ShardSpec::Inspect(InspectSpec { model: model.to_owned(), layers: LayerSelection::All, texts: 4, seed })
 }

@@ -5,16 +5,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use protocol::control::ToWorker;
+use protocol::control::{Terms, ToWorker};
 use protocol::hardware::DeviceKind;
 use protocol::ids::{AttemptId, DeviceId, Role, WorkerId};
 use protocol::limits::{HEARTBEAT_INTERVAL_MS, SHARDS_PER_RUN_MAX};
 use protocol::time::UnixMillis;
 
-use super::make::{self, EPOCH_MS, SMALL_MODEL};
+use super::make::{self, EPOCH_MS};
 use super::queue::Queue;
 use super::rng::{Rng, Stream};
-use super::scenario::{BoxPlan, DevicePlan, GB};
+use super::scenario::{BoxPlan, DevicePlan, GB, RunPlan};
 use crate::scheduler::{Answer, Effect, Event, Input, Scheduler};
 
 /// Devices of a box.
@@ -121,6 +121,8 @@ struct Plant<'a> {
     boxes: Vec<BoxPlan>,
     held: Vec<BTreeSet<(AttemptId, Role)>>,
     by_id: BTreeMap<WorkerId, usize>,
+    /// When the lanes of the devices are free.
+    lanes: BTreeMap<(usize, DeviceId, u32), u64>,
     rng: Rng,
     measured: Measured,
 }
@@ -141,6 +143,7 @@ impl<'a> Plant<'a> {
             boxes: (0..workers).map(|at| plan(at, devices(at))).collect(),
             held: vec![BTreeSet::new(); workers],
             by_id: BTreeMap::new(),
+            lanes: BTreeMap::new(),
             rng: Rng::new(size.shards as u64, Stream::Work),
             measured,
         }
@@ -169,8 +172,9 @@ impl<'a> Plant<'a> {
         while left > 0 {
             let count = left.min(SHARDS_PER_RUN_MAX);
             left -= count;
-            let specs = (0..count).map(|seed| make::inspect(SMALL_MODEL, seed as u64)).collect();
-            self.timed(Input::Submit(make::new_run(0, specs)));
+            let specs = (0u32..).take(count).map(make::no_op).collect();
+            let plan = RunPlan { at_ms: 0, priority: 0, account: String::new(), running_max: 0, specs };
+            self.timed(Input::Submit(make::new_run(&plan)));
             self.settle();
         }
     }
@@ -271,13 +275,15 @@ impl<'a> Plant<'a> {
             let Effect::Send { worker, message: ToWorker::StartSeat(start), .. } = effect else { continue };
             let at = self.by_id[&worker];
             self.held[at].insert((start.attempt, start.role));
-            let takes_ms = self.rng.between(SHARD_MS.0, SHARD_MS.1);
-            self.queue.push(self.now_ms + takes_ms, Happening::Finished(at, start.attempt, start.role));
+            // Seats of one lane run one after another.
+            let free_ms = self.lanes.entry((at, start.device, start.lane)).or_default();
+            *free_ms = self.now_ms.max(*free_ms) + self.rng.between(SHARD_MS.0, SHARD_MS.1);
+            self.queue.push(*free_ms, Happening::Finished(at, start.attempt, start.role));
         }
     }
 }
 
-/// A box of cards on which one small shard fits at a time.
+/// A box of cards.
 fn plan(at: usize, devices: usize) -> BoxPlan {
     let card = |number: usize| DevicePlan {
         id: DeviceId(format!("GPU-{at}-{number}")),
@@ -285,7 +291,8 @@ fn plan(at: usize, devices: usize) -> BoxPlan {
         model: "NVIDIA GeForce GTX 1050 Ti".to_owned(),
         capability: 61,
         total_bytes: 4 * GB,
-        budget_bytes: 2 * GB,
+        budget_bytes: 4 * GB,
+        speed: None,
     };
-    BoxPlan { devices: (0..devices).map(card).collect(), models: vec![SMALL_MODEL.to_owned()] }
+    BoxPlan { devices: (0..devices).map(card).collect(), models: Vec::new(), terms: Terms::default() }
 }

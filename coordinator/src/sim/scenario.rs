@@ -5,8 +5,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use protocol::control::Terms;
 use protocol::experiment::{ShardSpec, Spread};
-use protocol::hardware::DeviceKind;
+use protocol::hardware::{DeviceKind, Speed};
 use protocol::ids::DeviceId;
 
 use crate::scheduler::Settings;
@@ -15,7 +16,7 @@ use super::fault::{self, Fault, Order};
 use super::make::{self, LARGE_MODEL, PATH_MODEL, SMALL_MODEL};
 use super::rng::{Rng, Stream};
 use super::sabotage::Sabotage;
-use super::truth::{Truth, class};
+use super::truth::Truth;
 
 /// Decimal gigabyte.
 pub const GB: u64 = 1_000_000_000;
@@ -38,7 +39,7 @@ pub struct Scenario {
     pub seed: u64,
     /// The operator's settings.
     pub settings: Settings,
-    /// The boxes; worker `w1` is the first.
+    /// The boxes; which becomes which worker is found out.
     pub boxes: Vec<BoxPlan>,
     /// Runs by the time of their submission.
     pub runs: Vec<RunPlan>,
@@ -69,6 +70,8 @@ pub struct BoxPlan {
     pub devices: Vec<DevicePlan>,
     /// Models on it, paths among them.
     pub models: Vec<String>,
+    /// What its operator says of it.
+    pub terms: Terms,
 }
 
 /// A device.
@@ -86,6 +89,8 @@ pub struct DevicePlan {
     pub total_bytes: u64,
     /// Memory that may be used, bytes.
     pub budget_bytes: u64,
+    /// What a short benchmark measured.
+    pub speed: Option<Speed>,
 }
 
 /// A run.
@@ -95,6 +100,10 @@ pub struct RunPlan {
     pub at_ms: u64,
     /// Its priority.
     pub priority: i32,
+    /// Whose share it takes.
+    pub account: String,
+    /// Most of its shards that may run at once; 0: no limit.
+    pub running_max: u32,
     /// Its shards.
     pub specs: Vec<ShardSpec>,
 }
@@ -190,7 +199,7 @@ impl fmt::Display for Scenario {
         )?;
         for (index, body) in self.boxes.iter().enumerate() {
             let gone = if self.gone.contains(&index) { ", gone in the end" } else { "" };
-            write!(f, "w{} models {:?}{gone}:", index + 1, body.models)?;
+            write!(f, "box {index} models {:?}, {:?}{gone}:", body.models, body.terms)?;
             for device in &body.devices {
                 write!(f, " [{} {} {} of {} B]", device.id, device.model, device.budget_bytes, device.total_bytes)?;
             }
@@ -199,9 +208,17 @@ impl fmt::Display for Scenario {
         for (index, run) in self.runs.iter().enumerate() {
             let mut kinds = BTreeMap::<String, usize>::new();
             for spec in &run.specs {
-                *kinds.entry(format!("{} {:?}", class(spec), spec.spread())).or_default() += 1;
+                *kinds.entry(format!("{} {:?}", spec.work_class(), spec.spread())).or_default() += 1;
             }
-            writeln!(f, "submission {} at {} ms, priority {}: {kinds:?}", index + 1, run.at_ms, run.priority)?;
+            writeln!(
+                f,
+                "submission {} at {} ms, priority {}, account {:?}, at most {}: {kinds:?}",
+                index + 1,
+                run.at_ms,
+                run.priority,
+                run.account,
+                run.running_max
+            )?;
         }
         writeln!(f, "peaks {:?}", self.truth.peaks_bytes)?;
         for (at_ms, fault) in &self.faults {
@@ -227,12 +244,13 @@ fn draw_box(rng: &mut Rng, index: usize, crowded: bool) -> BoxPlan {
             capability: 0,
             total_bytes: budget_gb * 2 * GB,
             budget_bytes: budget_gb * GB,
+            speed: None,
         });
     }
     let cards_max = if crowded { 1 } else { 4 };
     let cards = rng.between(u64::from(devices.is_empty()), cards_max);
     for number in 0..cards {
-        let (name, total_gb, capability, _) = *rng.pick(&CARDS);
+        let (name, total_gb, capability, speed) = *rng.pick(&CARDS);
         devices.push(DevicePlan {
             id: DeviceId(format!("GPU-{index}-{number}")),
             kind: DeviceKind::Cuda,
@@ -240,11 +258,20 @@ fn draw_box(rng: &mut Rng, index: usize, crowded: bool) -> BoxPlan {
             capability,
             total_bytes: total_gb * GB,
             budget_bytes: total_gb * GB - rng.between(0, 10) * GB / 10,
+            speed: rng
+                .chance(500)
+                .then_some(Speed { f32_mflops: speed * 900_000, memory_bytes_per_second: speed * 25 * GB }),
         });
     }
     let known = [SMALL_MODEL, LARGE_MODEL, PATH_MODEL];
     let models = known.into_iter().filter(|_| anchor || rng.chance(750)).map(str::to_owned).collect();
-    BoxPlan { devices, models }
+    let terms = Terms {
+        labels: vec![format!("row={}", rng.between(1, 3))],
+        price_microusd_per_hour: if anchor { 0 } else { *rng.pick(&[0, 0, 200_000]) },
+        commands: anchor || rng.chance(700),
+        ahead: *rng.pick(&[0, 0, 2, 16]),
+    };
+    BoxPlan { devices, models, terms }
 }
 
 fn draw_truth(rng: &mut Rng, factor: u64) -> Truth {
@@ -256,7 +283,7 @@ fn draw_truth(rng: &mut Rng, factor: u64) -> Truth {
         for (model, speed) in models {
             // One factor a card is wrong by up to some times: each class has its own.
             let duration_ms = base_ms * rng.between(5, 20) / 10 / speed;
-            truth.durations_ms.insert((class(&spec), model.to_owned()), duration_ms.max(20));
+            truth.durations_ms.insert((spec.work_class(), model.to_owned()), duration_ms.max(20));
         }
     }
     for model in [SMALL_MODEL, LARGE_MODEL, PATH_MODEL] {
@@ -267,7 +294,8 @@ fn draw_truth(rng: &mut Rng, factor: u64) -> Truth {
 
 fn example_specs() -> Vec<ShardSpec> {
     let of_model = |model: &str| [make::inspect(model, 0), make::transfer(model, Spread::Any, 0)];
-    [SMALL_MODEL, LARGE_MODEL, PATH_MODEL].into_iter().flat_map(of_model).collect()
+    let others = [make::no_op(0), make::command(make::PROGRAM, 0)];
+    [SMALL_MODEL, LARGE_MODEL, PATH_MODEL].into_iter().flat_map(of_model).chain(others).collect()
 }
 
 fn draw_runs(rng: &mut Rng, safety_ms: u64) -> Vec<RunPlan> {
@@ -280,11 +308,20 @@ fn draw_run(rng: &mut Rng, safety_ms: u64) -> RunPlan {
     let share_of_pairs = *rng.pick(&[0, 200, 700]);
     let specs = (0..rng.between(1, 16)).map(|seed| {
         let model = if rng.chance(60) { PATH_MODEL } else { *rng.pick(&[SMALL_MODEL, SMALL_MODEL, LARGE_MODEL]) };
+        let other = rng.between(0, 9);
         match rng.chance(share_of_pairs) {
+            false if other == 0 => make::no_op(seed as u32),
+            false if other == 1 => make::command(make::PROGRAM, rng.between(1, 30) * GB / 10),
             true => make::transfer(model, *rng.pick(&[Spread::Any, Spread::Devices, Spread::Workers]), seed),
             false => make::inspect(model, seed),
         }
     });
     let specs = specs.collect();
-    RunPlan { at_ms: rng.between(0, safety_ms * 3 / 4), priority: rng.between(0, 2) as i32, specs }
+    RunPlan {
+        at_ms: rng.between(0, safety_ms * 3 / 4),
+        priority: rng.between(0, 2) as i32,
+        account: (*rng.pick(&["", "ann", "bob"])).to_owned(),
+        running_max: *rng.pick(&[0, 0, 0, 3]),
+        specs,
+    }
 }

@@ -5,11 +5,6 @@ use std::collections::BTreeMap;
 
 use protocol::experiment::ShardSpec;
 
-/// A work class, as the throughput table has it: the kind and the model.
-pub fn class(spec: &ShardSpec) -> String {
-    format!("{} {}", spec.kind(), spec.models().join("+"))
-}
-
 /// The table of truths.
 #[derive(Debug, Clone, Default)]
 pub struct Truth {
@@ -24,12 +19,15 @@ pub struct Truth {
 impl Truth {
     /// How long a seat of `spec` takes on a healthy device of this model, milliseconds, at least 1.
     pub fn duration_ms(&self, spec: &ShardSpec, device_model: &str) -> u64 {
-        let known = self.durations_ms.get(&(class(spec), device_model.to_owned()));
+        let known = self.durations_ms.get(&(spec.work_class(), device_model.to_owned()));
         known.copied().unwrap_or(self.otherwise_ms).max(1)
     }
 
     /// What a seat of `spec` takes of its device's memory, bytes.
     pub fn peak_bytes(&self, spec: &ShardSpec) -> u64 {
-        spec.models().iter().filter_map(|model| self.peaks_bytes.get(*model)).sum()
+        match spec {
+            ShardSpec::Command(command) => command.memory_bytes,
+            _ => spec.models().iter().filter_map(|model| self.peaks_bytes.get(*model)).sum(),
+        }
     }
 }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use protocol::control::{FailureKind, HeldSeat, Hello, SeatFailed, SeatFinished, StartSeat, ToCoordinator, ToWorker};
+use protocol::experiment::ShardSpec;
 use protocol::hardware::Telemetry;
 use protocol::ids::{AttemptId, Role, WorkerId};
 
@@ -98,6 +99,8 @@ struct Seat {
 
 #[derive(Debug, Clone)]
 enum Phase {
+    /// Another seat of its lane runs.
+    Waiting(Box<StartSeat>),
     /// It has a device's memory.
     Running(Box<Running>),
     /// Its result is made but cannot be published; in memory only.
@@ -149,9 +152,9 @@ impl VirtualWorker {
         self.seats.keys().map(|(attempt, role)| make::held(*attempt, *role)).collect()
     }
 
-    /// Whether it holds the seat.
-    pub fn holds(&self, seat: SeatKey) -> bool {
-        self.seats.contains_key(&seat)
+    /// Whether it has begun with the seat.
+    pub fn has_begun(&self, seat: SeatKey) -> bool {
+        self.seats.get(&seat).is_some_and(|seat| !matches!(seat.phase, Phase::Waiting(_)))
     }
 
     /// The coordinator welcomed it: every outcome is said.
@@ -222,7 +225,7 @@ impl VirtualWorker {
                 seat.phase = Phase::Finished { finished: finished.clone(), said_ms: None };
                 self.say_outcomes(now_ms)
             }
-            Phase::Finished { .. } | Phase::Failed { .. } => Vec::new(),
+            Phase::Waiting(_) | Phase::Finished { .. } | Phase::Failed { .. } => Vec::new(),
         }
     }
 
@@ -266,21 +269,56 @@ impl VirtualWorker {
         }
         self.tokens += 1;
         let token = self.tokens;
-        let Some(device) = self.plan.devices.iter().position(|device| device.id == start.device) else {
+        if !self.plan.devices.iter().any(|device| device.id == start.device) {
             let failed = make::failed(key.0, key.1, FailureKind::Unsupported);
             self.seats.insert(key, Seat { token, phase: Phase::Failed { failed, said_ms: None } });
             return Ok(self.say_outcomes(now_ms));
+        }
+        self.seats.insert(key, Seat { token, phase: Phase::Waiting(Box::new(start)) });
+        self.begin_waiting(now_ms, truth, rng)
+    }
+
+    /// Whether a seat waits whose lane is free.
+    pub fn may_begin(&self) -> bool {
+        self.next_seat().is_some()
+    }
+
+    /// Begins every seat whose lane is free.
+    ///
+    /// # Errors
+    /// If a device was promised twice.
+    pub fn begin_waiting(&mut self, now_ms: u64, truth: &Truth, rng: &mut Rng) -> Result<Vec<Deed>, Violation> {
+        let mut deeds = Vec::new();
+        while let Some((key, token, start)) = self.next_seat() {
+            let device = self.plan.devices.iter().position(|device| device.id == start.device).unwrap_or(0);
+            self.check_budget(device, &start)?;
+            let peak_bytes = truth.peak_bytes(&start.spec);
+            let fails = self.fate(now_ms, &start, device, peak_bytes);
+            let model = &self.plan.devices[device].model;
+            let healthy_ms = truth.duration_ms(&start.spec, model) * rng.between(90, 110) / 100;
+            let slow = if now_ms < self.ailments[device].slow_until { SLOW_FACTOR } else { 1 };
+            let takes_ms = if fails.is_some() { healthy_ms.min(200) } else { healthy_ms * slow };
+            let running = Running { start, device, peak_bytes, began_ms: now_ms, fails };
+            self.seats.insert(key, Seat { token, phase: Phase::Running(Box::new(running)) });
+            deeds.push(Deed::WakeAt { seat: key, token, at_ms: now_ms + takes_ms.max(1) });
+        }
+        Ok(deeds)
+    }
+
+    /// Of the seats whose lane is free, the one with the lowest fencing number.
+    fn next_seat(&self) -> Option<(SeatKey, u64, StartSeat)> {
+        let busy = |start: &StartSeat| {
+            self.seats.values().any(|seat| match &seat.phase {
+                Phase::Running(running) => (&running.start.device, running.start.lane) == (&start.device, start.lane),
+                _ => false,
+            })
         };
-        self.check_budget(device, &start)?;
-        let peak_bytes = truth.peak_bytes(&start.spec);
-        let fails = self.fate(now_ms, &start, device, peak_bytes);
-        let model = &self.plan.devices[device].model;
-        let healthy_ms = truth.duration_ms(&start.spec, model) * rng.between(90, 110) / 100;
-        let slow = if now_ms < self.ailments[device].slow_until { SLOW_FACTOR } else { 1 };
-        let takes_ms = if fails.is_some() { healthy_ms.min(200) } else { healthy_ms * slow };
-        let running = Running { start, device, peak_bytes, began_ms: now_ms, fails };
-        self.seats.insert(key, Seat { token, phase: Phase::Running(Box::new(running)) });
-        Ok(vec![Deed::WakeAt { seat: key, token, at_ms: now_ms + takes_ms.max(1) }])
+        let waiting = self.seats.iter().filter_map(|(key, seat)| match &seat.phase {
+            Phase::Waiting(start) if !busy(start) => Some((key, seat.token, start)),
+            _ => None,
+        });
+        let next = waiting.min_by_key(|(key, ..)| (key.0.fence, key.1));
+        next.map(|(key, token, start)| (*key, token, (**start).clone()))
     }
 
     /// Whether the seat is bound to fail, by what is true here.
@@ -291,6 +329,8 @@ impl VirtualWorker {
         };
         if now_ms < self.ailments[device].sick_until {
             Some(FailureKind::ExecutorLost)
+        } else if matches!(start.spec, ShardSpec::Command(_)) && !self.plan.terms.commands {
+            Some(FailureKind::Forbidden)
         } else if start.spec.models().iter().any(absent) {
             Some(FailureKind::ModelMissing)
         } else if peak_bytes > self.free_bytes(now_ms, device) {
@@ -355,7 +395,7 @@ impl VirtualWorker {
             let (message, said_ms) = match &mut seat.phase {
                 Phase::Finished { finished, said_ms } => (ToCoordinator::from(finished.clone()), said_ms),
                 Phase::Failed { failed, said_ms } => (ToCoordinator::from(failed.clone()), said_ms),
-                Phase::Running(_) | Phase::Unpublished(_) => continue,
+                Phase::Waiting(_) | Phase::Running(_) | Phase::Unpublished(_) => continue,
             };
             if said_ms.is_none_or(|said_ms| now_ms >= said_ms + REPEAT_OUTCOME_MS) {
                 *said_ms = Some(now_ms);

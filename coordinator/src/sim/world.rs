@@ -72,6 +72,8 @@ pub(super) enum Happening {
         at: usize,
         key: SessionKey,
     },
+    /// A worker's lane has become free.
+    Begin(usize),
     SeatEnds {
         at: usize,
         seat: SeatKey,
@@ -240,6 +242,12 @@ impl World {
                 self.beat(at, key);
                 Ok(())
             }
+            Happening::Begin(at) => {
+                let worker = &mut self.workers[at];
+                let deeds = worker.begin_waiting(self.now_ms, &self.scenario.truth, &mut self.work_rng)?;
+                self.deeds(at, deeds);
+                Ok(())
+            }
             Happening::SeatEnds { at, seat, token } => {
                 let mate = self.mate(seat);
                 let deeds = self.workers[at].seat_ends(self.now_ms, seat, token, mate);
@@ -274,7 +282,7 @@ impl World {
         }
         self.queue.push(self.now_ms + ASK_AGAIN_MS, Happening::Submit(index));
         let plan = &self.scenario.runs[index];
-        let run = make::new_run(plan.priority, plan.specs.clone());
+        let run = make::new_run(plan);
         if self.process.is_up() { self.offer(Asker::Submission(index), Input::Submit(run)) } else { Ok(()) }
     }
 
@@ -299,6 +307,9 @@ impl World {
                 }
             }
         }
+        if self.workers[at].may_begin() {
+            self.queue.push(self.now_ms, Happening::Begin(at));
+        }
     }
 
     /// Whether the other seat of a pair is there, or was.
@@ -310,7 +321,7 @@ impl World {
         };
         let attempt = self.process.state().attempt(seat.0);
         let done = attempt.and_then(|attempt| attempt.seat(other.1)).is_some_and(|seat| seat.outcome.is_some());
-        let holder = self.workers.iter().position(|worker| worker.up && worker.holds(other));
+        let holder = self.workers.iter().position(|worker| worker.up && worker.has_begun(other));
         let reached = holder.is_some_and(|at| self.now_ms >= self.links[at].blocked_until);
         if done || reached { Mate::Ready } else { Mate::Absent }
     }

@@ -164,15 +164,10 @@ fn large(context: &mut Context, args: &Sim, shards: usize) -> Outcome {
     let busy_max = Duration::from_secs(args.seconds);
     let mut samples = Vec::new();
     for part in [100, 10, 1] {
-        // While it is measured, at least this many shards wait behind one on each device.
+        // At least this many shards wait while it is measured.
         let queued = (shards / part).max(1);
         let sample = SAMPLE.min(queued).max(1);
-        let size = Size {
-            shards: args.devices + queued + sample,
-            devices: args.devices,
-            placements: Some(sample as u64),
-            busy_max,
-        };
+        let size = Size { shards: queued, devices: args.devices, placements: Some(sample), busy_max };
         let measured = scale::run(size, &computed);
         context.output.note(&sample_line(queued, &measured));
         samples.push((queued, measured));

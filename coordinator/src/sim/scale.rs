@@ -27,12 +27,12 @@ const SHARD_MS: (u64, u64) = (20_000, 40_000);
 /// How large, and how far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
-    /// Shards queued at the beginning.
+    /// Shards of the whole run; of a sample: shards that still wait behind those that run when it ends.
     pub shards: usize,
     /// Devices in all.
     pub devices: usize,
-    /// Stop after so many placements beyond the first one of each device; `None`: go on until every shard is over.
-    pub placements: Option<u64>,
+    /// A sample: stop after so many placements once the cluster is full. `None`: go on until every shard is over.
+    pub placements: Option<usize>,
     /// Stop after this much time inside the scheduler.
     pub busy_max: Duration,
 }
@@ -54,7 +54,7 @@ pub struct Measured {
     pub inputs: u64,
     /// Time inside the scheduler from the first run's submission on.
     pub busy: Duration,
-    /// Placements after each device had its first shard.
+    /// Placements after the first shard was over: the cluster is full.
     pub steady_placements: u64,
     /// Time inside the scheduler after that, signs of life included.
     pub steady_busy: Duration,
@@ -124,6 +124,9 @@ struct Plant<'a> {
     /// When the lanes of the devices are free.
     lanes: BTreeMap<(usize, DeviceId, u32), u64>,
     rng: Rng,
+    submitted: u64,
+    /// The first shard is over.
+    full: bool,
     measured: Measured,
 }
 
@@ -145,6 +148,8 @@ impl<'a> Plant<'a> {
             by_id: BTreeMap::new(),
             lanes: BTreeMap::new(),
             rng: Rng::new(size.shards as u64, Stream::Work),
+            submitted: 0,
+            full: false,
             measured,
         }
     }
@@ -166,12 +171,18 @@ impl<'a> Plant<'a> {
         self.settle();
     }
 
+    /// Submits what shall run, or for a sample as much that enough waits behind what runs.
     fn submit(&mut self) {
-        let mut left = self.size.shards;
         self.measured.busy = Duration::ZERO;
-        while left > 0 {
+        let wanted = self.size.shards + self.size.placements.unwrap_or(0);
+        loop {
+            let running = self.size.placements.map_or(0, |_| self.measured.placements as usize);
+            let left = (wanted + running).saturating_sub(self.submitted as usize);
+            if left == 0 {
+                break;
+            }
             let count = left.min(SHARDS_PER_RUN_MAX);
-            left -= count;
+            self.submitted += count as u64;
             let specs = (0u32..).take(count).map(make::no_op).collect();
             let plan = RunPlan { at_ms: 0, priority: 0, account: String::new(), running_max: 0, specs };
             self.timed(Input::Submit(make::new_run(&plan)));
@@ -181,7 +192,6 @@ impl<'a> Plant<'a> {
 
     /// Everything that happens, batch by batch.
     fn work(&mut self) {
-        let wanted = self.size.shards as u64;
         let mut batch = 0;
         while let Some((at_ms, happening)) = self.queue.pop() {
             if at_ms > self.now_ms || batch >= BATCH_MAX {
@@ -193,8 +203,8 @@ impl<'a> Plant<'a> {
             batch += 1;
             let steady = self.measured.steady_placements;
             self.measured.cut_short = self.measured.busy > self.size.busy_max;
-            let enough = self.size.placements.is_some_and(|enough| steady >= enough);
-            if self.measured.commits >= wanted || enough || self.measured.cut_short {
+            let enough = self.size.placements.is_some_and(|enough| steady >= enough as u64);
+            if self.measured.commits >= self.submitted || enough || self.measured.cut_short {
                 break;
             }
         }
@@ -209,6 +219,7 @@ impl<'a> Plant<'a> {
                 self.queue.push(self.now_ms + HEARTBEAT_INTERVAL_MS, Happening::Beat(at));
             }
             Happening::Finished(at, attempt, role) => {
+                self.full = true;
                 self.held[at].remove(&(attempt, role));
                 let finished = make::finished(attempt, role, SHARD_MS.0, GB, 0);
                 let worker = self.worker(at);
@@ -225,15 +236,10 @@ impl<'a> Plant<'a> {
         let heartbeat = make::heartbeat(1, telemetry, held);
         let worker = self.worker(at);
         let took = self.timed(Input::Heartbeat { worker, session: 1, heartbeat });
-        if self.is_full() {
+        if self.full {
             self.measured.steady_beats += 1;
             self.measured.steady_beats_busy += took;
         }
-    }
-
-    /// Every device has had a shard.
-    fn is_full(&self) -> bool {
-        self.measured.placements >= self.size.devices.min(self.size.shards) as u64
     }
 
     fn worker(&self, at: usize) -> WorkerId {
@@ -251,7 +257,7 @@ impl<'a> Plant<'a> {
         let took = (self.clock)().saturating_sub(began);
         self.measured.busy += took;
         self.measured.inputs += 1;
-        if self.is_full() {
+        if self.full {
             self.measured.steady_busy += took;
         }
         took
@@ -262,7 +268,7 @@ impl<'a> Plant<'a> {
         for record in self.scheduler.take_events() {
             match record.event {
                 Event::AttemptPlaced(_) => {
-                    if self.is_full() {
+                    if self.full {
                         self.measured.steady_placements += 1;
                     }
                     self.measured.placements += 1;

@@ -21,12 +21,12 @@ impl Disk {
         Self { sabotage, ..Self::default() }
     }
 
-    /// Begins to write a batch. Each record is stored as text and must read as what it was.
+    /// Begins to write a batch. `checked`: each record's text must read as what it was.
     ///
     /// # Errors
     /// If one does not.
-    pub fn begin(&mut self, batch: Vec<Record>) -> Result<(), Violation> {
-        for record in &batch {
+    pub fn begin(&mut self, batch: Vec<Record>, checked: bool) -> Result<(), Violation> {
+        for record in batch.iter().filter(|_| checked) {
             let text = serde_json::to_string(record).map_err(|error| unreadable(record, &error))?;
             let read: Record = serde_json::from_str(&text).map_err(|error| unreadable(record, &error))?;
             if read != *record {

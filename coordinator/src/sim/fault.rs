@@ -228,14 +228,16 @@ pub fn draw_orders(rng: &mut Rng, boxes: usize, runs: usize, safety_ms: u64) -> 
     let mut orders = Vec::new();
     for _ in 0..rng.between(0, 8) {
         let (at_ms, box_index, run) = (rng.between(0, safety_ms), rng.index(boxes), rng.index(runs));
-        let order = match rng.between(0, 11) {
-            0 | 1 => Order::Cancel(run),
-            2..=5 => Order::Retry(run),
-            6..=8 => Order::Drain(box_index),
-            9 | 10 => Order::Undrain(box_index),
+        // Late enough that something has failed.
+        let retry_ms = (at_ms + safety_ms) / 2;
+        let (at_ms, order) = match rng.between(0, 11) {
+            0 | 1 => (at_ms, Order::Cancel(run)),
+            2..=5 => (retry_ms, Order::Retry(run)),
+            6..=8 => (at_ms, Order::Drain(box_index)),
+            9 | 10 => (at_ms, Order::Undrain(box_index)),
             // An anchor must stay, or some shard could not end.
-            _ if box_index >= ANCHORS => Order::Revoke(box_index),
-            _ => Order::Drain(box_index),
+            _ if box_index >= ANCHORS => (at_ms, Order::Revoke(box_index)),
+            _ => (at_ms, Order::Drain(box_index)),
         };
         orders.push((at_ms, order));
     }

@@ -59,6 +59,8 @@ pub struct Scenario {
     pub safety_ms: u64,
     /// How long everything may take after that until every shard is over, milliseconds.
     pub liveness_ms: u64,
+    /// Every check at every step; without, only what is needed to predict: a large cluster costs less.
+    pub checked: bool,
     /// What is broken on purpose.
     pub sabotage: Option<Sabotage>,
 }
@@ -159,11 +161,12 @@ impl Scenario {
             gone,
             safety_ms,
             liveness_ms: 4 * 3_600_000,
+            checked: true,
             sabotage: None,
         }
     }
 
-    /// A cluster without faults in which `runs` must end within `liveness_ms`.
+    /// A cluster without faults and checks in which `runs` must end within `liveness_ms`.
     pub fn quiet(seed: u64, boxes: Vec<BoxPlan>, runs: Vec<RunPlan>, truth: Truth, liveness_ms: u64) -> Self {
         Self {
             seed,
@@ -178,6 +181,7 @@ impl Scenario {
             gone: Vec::new(),
             safety_ms: 0,
             liveness_ms,
+            checked: false,
             sabotage: None,
         }
     }

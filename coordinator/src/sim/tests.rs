@@ -3,9 +3,17 @@
 use std::path::Path;
 use std::time::Duration;
 
+use protocol::hardware::DeviceKind;
+use protocol::ids::DeviceId;
+
+use super::make::{self, SMALL_MODEL};
 use super::run::{Tally, run_seed, traced};
 use super::sabotage::Sabotage;
 use super::scale::{self, Size};
+use super::scenario::{BoxPlan, DevicePlan, GB, RunPlan, Scenario};
+use super::truth::Truth;
+use super::world::World;
+use crate::scheduler::{RunState, ShardState};
 
 /// Seeds of an ordinary test run beside the kept ones.
 const FRESH_SEEDS: u64 = 200;
@@ -40,7 +48,7 @@ fn kept_seeds_hold() {
 #[test]
 fn fresh_seeds_hold_and_reach_the_corners() {
     let tally = all_hold(1..=FRESH_SEEDS);
-    let least = FRESH_SEEDS / 20;
+    let least = FRESH_SEEDS / 50;
     for kind in ["ShardCommitted", "AttemptFailed", "AttemptResumed", "SeatFreed", "ShardFailed", "ShardReopened"] {
         assert!(tally.events_of(kind) >= least, "{kind} is hardly ever reached: {tally:?}");
     }
@@ -64,6 +72,29 @@ fn a_seed_gives_the_same_history_each_time() {
     for seed in [3, 5, 8] {
         assert_eq!(traced(seed, None), traced(seed, None));
     }
+}
+
+/// A prediction: four shards of ten seconds each, one after another on one processor, in about forty seconds.
+#[test]
+fn a_quiet_cluster_takes_the_time_that_its_work_takes() {
+    let cpu = DevicePlan {
+        id: DeviceId("cpu".to_owned()),
+        kind: DeviceKind::Cpu,
+        model: "Old CPU".to_owned(),
+        capability: 0,
+        total_bytes: 8 * GB,
+        budget_bytes: 4 * GB,
+        speed: None,
+    };
+    let boxes = vec![BoxPlan { devices: vec![cpu], models: vec![SMALL_MODEL.to_owned()], terms: Default::default() }];
+    let specs = (0..4).map(|seed| make::inspect(SMALL_MODEL, seed)).collect();
+    let run = RunPlan { at_ms: 3_000, priority: 0, account: String::new(), running_max: 0, specs };
+    let truth = Truth { otherwise_ms: 10_000, ..Truth::default() };
+    let mut world = World::new(Scenario::quiet(1, boxes, vec![run], truth, 3_600_000), None);
+    world.play().unwrap();
+    assert!((38_000..48_000).contains(&world.now_ms()), "{} ms", world.now_ms());
+    let run = world.state().runs.values().next().unwrap();
+    assert_eq!((run.state, run.count(ShardState::Committed)), (RunState::Complete, 4));
 }
 
 #[test]

@@ -18,7 +18,7 @@ use super::run::Tally;
 use super::scenario::Scenario;
 use super::wire::{Down, Link, SessionKey, Up};
 use super::worker::{Deed, Mate, SeatKey, VirtualWorker};
-use crate::scheduler::{Input, State};
+use crate::scheduler::{Input, RunState, State};
 
 /// Lines of the trace that are kept for a failure.
 pub const TRACE_LINES: usize = 30;
@@ -115,7 +115,7 @@ impl World {
         let seed = scenario.seed;
         let workers = scenario.boxes.iter().enumerate().map(|(at, plan)| VirtualWorker::new(at, plan.clone()));
         let mut world = Self {
-            process: Process::new(scenario.settings, scenario.sabotage),
+            process: Process::new(scenario.settings, scenario.sabotage, scenario.checked),
             workers: workers.collect(),
             links: vec![Link::default(); scenario.boxes.len()],
             queue: Queue::default(),
@@ -327,16 +327,17 @@ impl World {
     }
 
     pub(super) fn is_over(&self) -> bool {
-        let ends = |run: &crate::scheduler::state::Run| run.shards.iter().all(|shard| shard.state.is_terminal());
         let durable = self.process.is_up() && !self.process.writing;
-        durable && self.submitted.iter().all(Option::is_some) && self.process.state().runs.values().all(ends)
+        let ended = |run: &crate::scheduler::state::Run| run.state != RunState::Running;
+        durable && self.submitted.iter().all(Option::is_some) && self.process.state().runs.values().all(ended)
     }
 
     fn leftovers(&self) -> String {
-        let state = self.process.state();
+        let runs = self.process.state().runs.iter();
         let shards =
-            state.runs.iter().flat_map(|(run, body)| body.waiting.iter().chain(&body.running).map(move |at| (run, at)));
-        let left: Vec<_> = shards.map(|(run, at)| format!("{run}.{at}")).take(12).collect();
+            runs.flat_map(|(run, body)| (0u32..).zip(&body.shards).map(move |(index, shard)| (run, index, shard)));
+        let left = shards.filter(|(.., shard)| !shard.state.is_terminal());
+        let left: Vec<_> = left.map(|(run, index, _)| format!("{run}.{index}")).take(12).collect();
         let submitted = self.submitted.iter().flatten().count();
         format!("after {} ms {submitted} runs are accepted and {left:?} are not over", self.now_ms)
     }

@@ -344,7 +344,7 @@ pub struct Sim {
     #[arg(long, requires = "seed")]
     pub trace: bool,
     /// Append a failing seed to this file
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "sabotage")]
     pub keep: Option<PathBuf>,
     /// Threads; default: one a core
     #[arg(long)]

@@ -11,7 +11,7 @@ use crate::scheduler::{Effect, Event, Record, State};
 
 /// Names of the checks of this module and of its siblings, with what they mean.
 pub const CHECKS: [(&str, &str); 13] = [
-    ("one_commit_a_shard", "the journal has at most one commit of a shard, of its newest attempt (invariant 2)"),
+    ("one_commit_a_shard", "the journal has at most one commit of a shard, of an attempt that is open (invariant 2)"),
     ("only_its_worker_completes_a_seat", "a seat completes only if the worker that it was placed on said so (2)"),
     (
         "what_was_acknowledged_stays",
@@ -58,6 +58,8 @@ pub struct Ledger {
     placed: BTreeMap<AttemptId, Vec<(Role, WorkerId)>>,
     completed: BTreeSet<(AttemptId, Role)>,
     failed: BTreeSet<(AttemptId, Role)>,
+    /// Attempts that failed and were not resumed.
+    ended: BTreeSet<AttemptId>,
     committed: BTreeMap<ShardId, AttemptId>,
     accepted: BTreeSet<RunId>,
     told: Told,
@@ -95,14 +97,20 @@ impl Ledger {
                 }
                 self.completed.insert((attempt, role));
             }
-            Event::AttemptFailed { attempt, role, .. } => drop(self.failed.insert((*attempt, *role))),
+            Event::AttemptFailed { attempt, role, .. } => {
+                self.failed.insert((*attempt, *role));
+                self.ended.insert(*attempt);
+            }
+            Event::AttemptResumed { attempt } => drop(self.ended.remove(attempt)),
             Event::ShardCommitted { attempt } => {
-                let newer = self.placed.keys().filter(|other| other.shard == attempt.shard).max() > Some(attempt);
                 if let Some(other) = self.committed.insert(attempt.shard, *attempt) {
                     return Err(Violation::new("one_commit_a_shard", format!("{other} and {attempt} both committed")));
                 }
-                if newer {
-                    return Err(Violation::new("one_commit_a_shard", format!("{attempt} committed but is fenced")));
+                if self.ended.contains(attempt) {
+                    return Err(Violation::new(
+                        "one_commit_a_shard",
+                        format!("{attempt} committed after it had ended"),
+                    ));
                 }
             }
             _ => {}

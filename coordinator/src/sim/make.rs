@@ -11,6 +11,7 @@ use protocol::ids::{ArtifactHash, AttemptId, DeviceId, Role, WorkerId};
 use protocol::time::UnixMillis;
 
 use super::scenario::{BoxPlan, DevicePlan, RunPlan};
+use crate::scheduler::event::Policy;
 use crate::scheduler::input::Connected;
 use crate::scheduler::{Input, NewRun, Settings};
 
@@ -136,8 +137,9 @@ pub fn new_run(plan: &RunPlan) -> NewRun {
 }
 
 /// Settings of a cluster.
-pub fn settings(lease_ttl_ms: u64, attempts_max: u32) -> Settings {
-    Settings { lease_ttl_ms, attempts_max }
+pub fn settings(lease_ttl_ms: u64, attempts_max: u32, policy: Policy) -> Settings {
+    let weights = [("ann".to_owned(), 3)].into_iter().collect();
+    Settings { lease_ttl_ms, attempts_max, policy, weights }
 }
 
 /// The cheapest work there is.

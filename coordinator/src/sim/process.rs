@@ -113,7 +113,8 @@ impl Process {
         self.life += 1;
         self.script.push(Act::Started(now));
         self.scheduler = Some(scheduler);
-        self.offer(Asker::Nobody, Input::Configure(self.settings));
+        let settings = self.settings.clone();
+        self.offer(Asker::Nobody, Input::Configure(settings));
         Ok(())
     }
 

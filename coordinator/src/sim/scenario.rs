@@ -11,6 +11,7 @@ use protocol::hardware::{DeviceKind, Speed};
 use protocol::ids::DeviceId;
 
 use crate::scheduler::Settings;
+use crate::scheduler::event::Policy;
 
 use super::fault::{self, Fault, Order};
 use super::make::{self, LARGE_MODEL, PATH_MODEL, SMALL_MODEL};
@@ -143,7 +144,7 @@ impl Scenario {
             late_permille: *rng.pick(&[0, 50, 300]),
         };
         let disk_ms = *rng.pick(&[(0, 0), (1, 8), (1, 40), (5, 1500)]);
-        let settings = make::settings(lease_ttl_ms, rng.between(2, 5) as u32);
+        let settings = make::settings(lease_ttl_ms, rng.between(2, 5) as u32, draw_policy(rng));
         let rng = &mut Rng::new(seed, Stream::Faults);
         let faults = fault::draw(rng, &boxes, safety_ms, lease_ttl_ms);
         let orders = fault::draw_orders(rng, boxes.len(), runs.len(), safety_ms);
@@ -198,8 +199,13 @@ impl fmt::Display for Scenario {
         writeln!(f, "seed {}", self.seed)?;
         writeln!(
             f,
-            "lease {} ms, tries {}, safety {} ms, disk {:?} ms, {:?}",
-            self.settings.lease_ttl_ms, self.settings.attempts_max, self.safety_ms, self.disk_ms, self.wire
+            "lease {} ms, tries {}, {}, safety {} ms, disk {:?} ms, {:?}",
+            self.settings.lease_ttl_ms,
+            self.settings.attempts_max,
+            self.settings.policy,
+            self.safety_ms,
+            self.disk_ms,
+            self.wire
         )?;
         for (index, body) in self.boxes.iter().enumerate() {
             let gone = if self.gone.contains(&index) { ", gone in the end" } else { "" };
@@ -233,6 +239,10 @@ impl fmt::Display for Scenario {
         }
         Ok(())
     }
+}
+
+fn draw_policy(rng: &mut Rng) -> Policy {
+    if rng.chance(700) { Policy::default() } else { *rng.pick(&Policy::ALL) }
 }
 
 fn draw_box(rng: &mut Rng, index: usize, crowded: bool) -> BoxPlan {

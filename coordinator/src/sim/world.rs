@@ -115,7 +115,7 @@ impl World {
         let seed = scenario.seed;
         let workers = scenario.boxes.iter().enumerate().map(|(at, plan)| VirtualWorker::new(at, plan.clone()));
         let mut world = Self {
-            process: Process::new(scenario.settings, scenario.sabotage, scenario.checked),
+            process: Process::new(scenario.settings.clone(), scenario.sabotage, scenario.checked),
             workers: workers.collect(),
             links: vec![Link::default(); scenario.boxes.len()],
             queue: Queue::default(),

@@ -49,6 +49,7 @@ pub fn hello(index: usize, epoch: u64, plan: &BoxPlan, held: Vec<HeldSeat>) -> H
         held,
         peer_port: 7000,
         addresses: Vec::new(),
+        shapes: Vec::new(),
         terms: plan.terms.clone(),
     }
 }

@@ -7,6 +7,7 @@ mod commands;
 mod life;
 mod packets;
 mod peers;
+mod programs;
 #[path = "../hub/server.rs"]
 mod server;
 mod support;

@@ -18,6 +18,7 @@ use protocol::memory::ModelShape;
 use protocol::quic::settings::Side;
 use protocol::quic::{
     CertificateFacts, Credentials, EndpointSecret, FrameReader, Received, bind, server_config, write_frame,
+    write_frames,
 };
 use protocol::store::Store;
 use protocol::time::UnixMillis;
@@ -137,6 +138,11 @@ async fn greet(endpoint: Endpoint, welcome: Welcome, ready: mpsc::UnboundedSende
 impl Session {
     pub(crate) async fn say(&mut self, message: impl Into<ToWorker>) {
         write_frame(&mut self.send, &message.into()).await.unwrap();
+    }
+
+    /// Says several things at once, as the coordinator does.
+    pub(crate) async fn say_all(&mut self, messages: &[ToWorker]) {
+        write_frames(&mut self.send, messages).await.unwrap();
     }
 
     /// The next message that `pick` wants; heartbeats are acknowledged on the way.

@@ -7,14 +7,17 @@ use std::sync::Arc;
 
 use protocol::control::{HeartbeatAck, Hello, Refused, ToCoordinator, ToWorker, close, refusal};
 use protocol::limits::{DEVICES_PER_WORKER_MAX, clean_text};
-use protocol::quic::{FrameReader, Member, Received, close_with, explain, write_frame};
+use protocol::quic::{FrameReader, Member, Received, close_with, explain, write_frame, write_frames};
 use quinn::{SendStream, VarInt};
 use tokio::sync::mpsc;
 
 use super::{FIRST_WORD, LAST_WORD, Shared, chain, upload};
 
-/// Messages for one worker that wait for its connection; a worker that reads so slowly is dropped by the driver.
-const OUTBOX_MAX: usize = 1024;
+/// Messages for one worker that wait for its connection; a worker that reads so slowly is dropped by the driver. Each of its
+/// devices may be sent [`protocol::limits::SEATS_AHEAD_MAX`] seats at once.
+const OUTBOX_MAX: usize = 16_384;
+/// Messages written at once.
+const WRITE_MAX: usize = 256;
 /// Answers of net itself (acknowledgements, refusals) that wait; reading stops while it is full.
 const ANSWERS_MAX: usize = 64;
 
@@ -204,17 +207,24 @@ async fn write(
     mut messages: mpsc::Receiver<ToWorker>,
     mut answers: mpsc::Receiver<ToWorker>,
 ) -> bool {
+    let mut batch = Vec::with_capacity(WRITE_MAX);
     loop {
-        let message = tokio::select! {
+        let waiting = tokio::select! {
             biased;
-            message = messages.recv() => message,
+            waiting = messages.recv_many(&mut batch, WRITE_MAX) => waiting,
             // The reading side holds the other end for as long as this runs.
-            Some(answer) = answers.recv() => Some(answer),
+            Some(answer) = answers.recv() => {
+                batch.push(answer);
+                1
+            }
         };
-        let Some(message) = message else { return true };
-        if let Err(error) = write_frame(&mut send, &message).await {
+        if waiting == 0 {
+            return true;
+        }
+        if let Err(error) = write_frames(&mut send, &batch).await {
             tracing::debug!("could not write to a worker: {}", chain(&error));
             return false;
         }
+        batch.clear();
     }
 }

@@ -25,4 +25,4 @@ pub use certificate::{CertificateFacts, spki_sha256};
 pub use joining::{DialError, JoinError, dial, join};
 pub use refusal::explain;
 pub use settings::{Credentials, EndpointSecret, bind, client_config, join_client_config, server_config};
-pub use stream::{FrameReader, ReadFrameError, Received, WriteFrameError, close_with, write_frame};
+pub use stream::{FrameReader, ReadFrameError, Received, WriteFrameError, close_with, write_frame, write_frames};

@@ -132,6 +132,19 @@ pub async fn write_frame<M: Messages>(stream: &mut SendStream, message: &M) -> R
     Ok(())
 }
 
+/// Writes several messages at once: one turn at the connection and as few packets as they fit into.
+///
+/// # Errors
+/// [`WriteFrameError`].
+pub async fn write_frames<M: Messages>(stream: &mut SendStream, messages: &[M]) -> Result<(), WriteFrameError> {
+    let mut frames = Vec::new();
+    for message in messages {
+        frames.extend_from_slice(&message.to_frame()?);
+    }
+    stream.write_chunk(frames.into()).await?;
+    Ok(())
+}
+
 /// Closes a connection whose peer sent what does not check, with the code of the error and its text.
 pub fn close_with(connection: &Connection, error: &ReadFrameError) {
     if let Some(code) = error.close_code() {

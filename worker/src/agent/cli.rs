@@ -17,6 +17,7 @@ use super::output::{Complaint, Exit, Printer};
 use super::run::{RunConfig, RunError, run};
 use super::state_dir::{StateDir, StateError};
 use super::supervisor::default_program;
+use super::terms::{Label, Price, TermsError, terms};
 
 /// Environment variable with the log's filter: `info`, `debug`, `worker::agent::peer=trace`.
 pub const LOG_VARIABLE: &str = "BONEPILE_LOG";
@@ -52,6 +53,9 @@ enum Command {
     /// The models on this box.
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Ends programs of researchers when the agent dies; the agent starts it.
+    #[command(name = super::command::warden::SUBCOMMAND, hide = true)]
+    Warden,
     /// One model by hand, without a cluster: show, run, bench; see `model --help`.
     #[command(disable_help_flag = true)]
     Model {
@@ -81,6 +85,26 @@ struct RunArgs {
     /// UDP address to dial from and to be found at by other workers [default: any port].
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
+    /// What sweeps may ask for, as NAME=VALUE; may be repeated.
+    #[arg(long = "label", value_name = "NAME=VALUE", env = "BONEPILE_WORKER_LABELS", value_delimiter = ',')]
+    labels: Vec<Label>,
+    /// What an hour of this box costs beside electricity, US dollars [default: 0].
+    #[arg(long, value_name = "USD", env = "BONEPILE_WORKER_PRICE_USD_PER_HOUR")]
+    price_usd_per_hour: Option<Price>,
+    /// Let researchers run any program of theirs here (kind `command`), as this user.
+    #[arg(long, env = "BONEPILE_WORKER_ALLOW_COMMANDS", value_parser = clap::builder::BoolishValueParser::new())]
+    allow_commands: bool,
+    /// Shards sent ahead to each device, to wait there for the one before.
+    #[arg(long, value_name = "N", env = "BONEPILE_WORKER_AHEAD", default_value_t = 256,
+          value_parser = clap::value_parser!(u32).range(0..=i64::from(protocol::limits::SEATS_AHEAD_MAX)))]
+    ahead: u32,
+}
+
+impl RunArgs {
+    fn terms(&self) -> Result<protocol::control::Terms, Complaint> {
+        let terms = terms(&self.labels, self.price_usd_per_hour, self.allow_commands, self.ahead);
+        terms.map_err(|error: TermsError| Complaint::new(Exit::Usage, &error, None::<String>))
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -123,6 +147,10 @@ fn dispatch(cli: Cli, printer: Printer) -> Result<Exit, Complaint> {
     match &cli.command {
         Command::Models(command) => return models_command(command, printer),
         Command::Model { arguments } => return Err(become_executor(arguments)),
+        Command::Warden => {
+            let watched = super::command::warden::watch();
+            return watched.map(|()| Exit::Ok).map_err(|error| Complaint::new(Exit::Failed, &error, None::<String>));
+        }
         Command::Join { .. } | Command::Run(_) | Command::Doctor(_) => {}
     }
     let path = match cli.state_dir {
@@ -138,9 +166,10 @@ fn dispatch(cli: Cli, printer: Printer) -> Result<Exit, Complaint> {
             Command::Run(args) => work(state, args).await,
             Command::Doctor(args) => {
                 let (models, inventory) = (models_dir(args.models.clone())?, inventory_config(&args));
-                Ok(examine(DoctorConfig { state, store: args.store, inventory, models }, printer).await)
+                let terms = args.terms()?;
+                Ok(examine(DoctorConfig { state, store: args.store, inventory, models, terms }, printer).await)
             }
-            Command::Models(_) | Command::Model { .. } => Ok(Exit::Ok),
+            Command::Models(_) | Command::Model { .. } | Command::Warden => Ok(Exit::Ok),
         }
     });
     // A thread that hangs on a dead mount must not hold up the end.
@@ -210,9 +239,9 @@ async fn join(state: &StateDir, token: &str, force: bool, printer: Printer) -> R
 }
 
 async fn work(state: StateDir, args: RunArgs) -> Result<Exit, Complaint> {
-    let inventory = inventory_config(&args);
+    let (inventory, terms) = (inventory_config(&args), args.terms()?);
     let models = models_dir(args.models)?;
-    let config = RunConfig { state, store: args.store, inventory, models, listen: args.listen };
+    let config = RunConfig { state, store: args.store, inventory, models, listen: args.listen, terms };
     let stop = stop_signal().map_err(|error| Complaint::new(Exit::Failed, &error, None::<String>))?;
     match run(config, stop).await {
         Ok(()) => Ok(Exit::Ok),

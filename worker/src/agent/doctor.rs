@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use protocol::control::ALPN_CONTROL;
+use protocol::control::{ALPN_CONTROL, Terms};
 use protocol::models::ModelsDir;
 use protocol::quic::settings::any_address;
 use protocol::quic::{bind, client_config, dial};
@@ -66,6 +66,8 @@ pub struct DoctorConfig {
     pub inventory: InventoryConfig,
     /// The models directory.
     pub models: ModelsDir,
+    /// On what terms the box is lent.
+    pub terms: Terms,
 }
 
 /// Looks at everything and prints it. Fails if something is wrong.
@@ -82,6 +84,7 @@ pub async fn examine(config: DoctorConfig, printer: Printer) -> Exit {
         }
     }
     findings.extend(devices(&config.inventory));
+    findings.push(Finding::ok("terms", super::terms::describe(&config.terms)));
     findings.push(models(&config.models));
     findings.push(store(config.store).await);
     let worst = findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok);

@@ -210,7 +210,11 @@ pub fn watch_devices(
                     None => silent(device),
                 },
                 DeviceKind::Cuda => match &gpus {
-                    Some(gpus) => gpus.telemetry(&device.id, &pids.of(&device.id)),
+                    Some(gpus) => {
+                        let (telemetry, held) = gpus.telemetry(&device.id, &pids.of(&device.id));
+                        pids.note_memory(&held);
+                        telemetry
+                    }
                     None => silent(device),
                 },
             });

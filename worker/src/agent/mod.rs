@@ -7,12 +7,15 @@
 //! Layout:
 //! - [`core`]: seats, executors, what is held: inputs → effects. [`run`]: the loop that feeds it and carries effects out.
 //! - [`session`]: the coordinator's connection. [`peer`]: packets from and to other workers.
-//! - [`supervisor`]: executor processes. [`outbox`], [`publish`]: finished work on its way to the store.
-//! - [`inventory`], [`nvml`]: devices and how they are. `shapes`: sizes of models. `question`: asking an executor's binary. [`state_dir`], [`joining`]: who this box is.
+//! - [`supervisor`]: executor processes. [`command`]: programs of researchers. [`outbox`], [`publish`]: finished work on its
+//!   way to the store.
+//! - [`inventory`], [`nvml`]: devices and how they are. `shapes`: sizes of models. `question`: asking an executor's binary.
+//!   [`state_dir`], [`joining`]: who this box is. [`terms`]: on what terms it is lent.
 //! - [`cli`], [`doctor`], [`models`]: the commands.
 
 pub mod backoff;
 pub mod cli;
+pub mod command;
 pub mod core;
 pub mod doctor;
 pub mod inventory;
@@ -29,3 +32,4 @@ pub mod session;
 mod shapes;
 pub mod state_dir;
 pub mod supervisor;
+pub mod terms;

@@ -3,7 +3,7 @@
 //! Every reading may be missing: old cards and old drivers support only some. Calls may block when a card is sick; they
 //! belong on the inventory's thread.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 
 use nvml_wrapper::Nvml;
@@ -91,8 +91,10 @@ impl Gpus {
         }
     }
 
-    /// How a GPU is now; `ours` are the process ids of its executors.
-    pub fn telemetry(&self, id: &DeviceId, ours: &BTreeSet<u32>) -> Telemetry {
+    /// How a GPU is now, and what each of `ours`, its executors' and programs' processes, holds of its memory, bytes. What a
+    /// process started counts as its own if it is in its group.
+    pub fn telemetry(&self, id: &DeviceId, ours: &BTreeSet<u32>) -> (Telemetry, BTreeMap<u32, u64>) {
+        let mut held = BTreeMap::new();
         let mut telemetry = Telemetry {
             device: id.clone(),
             memory_free_bytes: 0,
@@ -106,28 +108,34 @@ impl Gpus {
             Ok(device) => device,
             Err(error) => {
                 telemetry.sick = Some(error.to_string());
-                return telemetry;
+                return (telemetry, held);
             }
         };
         match device.memory_info() {
             Ok(memory) => telemetry.memory_free_bytes = memory.free,
             Err(error) => telemetry.sick = Some(error.to_string()),
         }
-        telemetry.memory_ours_bytes = device
-            .running_compute_processes()
-            .unwrap_or_default()
-            .iter()
-            .filter(|process| ours.contains(&process.pid))
-            .map(|process| match process.used_gpu_memory {
-                UsedGpuMemory::Used(bytes) => bytes,
-                UsedGpuMemory::Unavailable => 0,
-            })
-            .sum();
+        for process in device.running_compute_processes().unwrap_or_default() {
+            let UsedGpuMemory::Used(bytes) = process.used_gpu_memory else { continue };
+            let of_ours =
+                [Some(process.pid), group_of(process.pid)].into_iter().flatten().find(|pid| ours.contains(pid));
+            if let Some(pid) = of_ours {
+                *held.entry(pid).or_default() += bytes;
+            }
+        }
+        telemetry.memory_ours_bytes = held.values().sum();
         telemetry.utilisation_percent = device.utilization_rates().ok().map(|rates| rates.gpu);
         telemetry.temperature_celsius = device.temperature(TemperatureSensor::Gpu).ok();
         telemetry.power_milliwatts = device.power_usage().ok().map(u64::from);
-        telemetry
+        (telemetry, held)
     }
+}
+
+/// The group of a process, which has the number of the process that heads it.
+fn group_of(pid: u32) -> Option<u32> {
+    let pid = rustix::process::Pid::from_raw(pid.try_into().ok()?)?;
+    let group = rustix::process::getpgid(Some(pid)).ok()?;
+    Some(group.as_raw_nonzero().get().unsigned_abs())
 }
 
 #[cfg(test)]
@@ -234,16 +242,17 @@ mod tests {
         );
         assert!(facts[2].sick.is_some());
 
-        let full = gpus.telemetry(&facts[0].id, &BTreeSet::from([42]));
+        let (full, held) = gpus.telemetry(&facts[0].id, &BTreeSet::from([42]));
         assert_eq!((full.memory_free_bytes, full.memory_ours_bytes), (8_000_000_000, 1000));
+        assert_eq!(held, BTreeMap::from([(42, 1000)]));
         assert_eq!(
             (full.utilisation_percent, full.temperature_celsius, full.power_milliwatts, full.sick),
             (Some(37), Some(61), Some(151_000), None)
         );
-        let bare = gpus.telemetry(&facts[1].id, &BTreeSet::new());
+        let (bare, _) = gpus.telemetry(&facts[1].id, &BTreeSet::new());
         assert_eq!((bare.utilisation_percent, bare.temperature_celsius, bare.power_milliwatts), (None, None, None));
         assert!(bare.sick.is_some(), "a card that does not tell its memory is sick");
-        assert!(gpus.telemetry(&DeviceId("GPU-gone".into()), &BTreeSet::new()).sick.is_some());
+        assert!(gpus.telemetry(&DeviceId("GPU-gone".into()), &BTreeSet::new()).0.sick.is_some());
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! Finished seats on local disk, until the store has their outputs and the coordinator has their outcome.
 //!
 //! A seat's directory appears whole: files are synced, then its record, then the directory is renamed to its name. A worker
-//! killed at any moment finds its finished seats again. All calls block; they belong on a blocking thread.
+//! killed at any moment finds its finished seats again. Seats without outputs share a log, [`records`]. All calls here block;
+//! they belong on a blocking thread.
+
+pub mod records;
 
 use std::fs::{self, File};
 use std::io;

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use protocol::control::{
-    ALPN_CONTROL, ALPN_PEER, Failure, FailureKind, Heartbeat, Hello, SeatAddress, StartSeat, Terms, ToCoordinator,
-    Usage, close,
+    ALPN_CONTROL, ALPN_PEER, Failure, FailureKind, Heartbeat, Hello, SeatAddress, SeatWrote, StartSeat, Terms,
+    ToCoordinator, Usage, close,
 };
 use protocol::exec::{self, ModelFile, RunSeat, ToExecutor};
 use protocol::hardware::{Device, Telemetry};
@@ -27,8 +27,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::core::{Agent, Effect, Input, OfferVerdict, SeatId};
+use super::command::runner::{Runner, RunnerParts};
+use super::command::warden::{Warden, end_leftovers};
+use super::core::{Agent, Effect, HandedOn, Input, Lent, OfferVerdict, SeatId};
 use super::inventory::{self, InventoryConfig};
+use super::outbox::records::Records;
 use super::outbox::{Outbox, OutboxError};
 use super::peer::inbox::Inbox;
 use super::peer::send::Sender;
@@ -42,6 +45,10 @@ use super::supervisor::Supervisor;
 
 /// Inputs that wait for the loop; senders wait when it is full.
 const INPUTS_MAX: usize = 1024;
+/// Inputs taken in before anything is done about them: enough that a busy loop shares its wake-ups.
+const INPUTS_AT_ONCE: usize = 256;
+/// Pieces of programs' output that wait for the loop; more are dropped.
+const PIECES_MAX: usize = 256;
 /// How often the devices are asked how they are.
 const TELEMETRY: Duration = Duration::from_millis(HEARTBEAT_INTERVAL_MS);
 /// How often a packet for a seat of this worker that has not started is tried again, and for how long.
@@ -63,6 +70,8 @@ pub struct RunConfig {
     pub models: ModelsDir,
     /// UDP address; `None`: any port of both families.
     pub listen: Option<SocketAddr>,
+    /// On what terms the box is lent.
+    pub terms: Terms,
 }
 
 /// The agent cannot run, or not any longer.
@@ -122,8 +131,11 @@ impl RunError {
 struct Loop {
     agent: Agent,
     supervisor: Supervisor,
+    runner: Runner,
+    terms: Terms,
     state: StateDir,
     outbox: Outbox,
+    records: Records,
     publisher: Arc<Publisher>,
     sender: Arc<Sender>,
     receiving: Arc<Receiving>,
@@ -149,6 +161,7 @@ struct Loop {
 struct Ears {
     inputs: mpsc::Receiver<Input>,
     questions: mpsc::Receiver<Question>,
+    wrote: mpsc::Receiver<SeatWrote>,
     session: mpsc::Receiver<SessionEvent>,
 }
 
@@ -195,9 +208,12 @@ fn assemble(
     let prepare = |what| move |source| RunError::Prepare { what, source };
     let state = config.state;
     // Executors of an earlier process are dead, and their work with them; its outbox is not.
+    end_leftovers(&state.work());
     make_empty(&state.work())?;
     make_empty(&state.receiving())?;
-    let (outbox, kept) = Outbox::open(&state.outbox())?;
+    let (inputs, heard) = mpsc::channel(INPUTS_MAX);
+    let (outbox, seats) = Outbox::open(&state.outbox())?;
+    let (records, handed_on) = Records::open(&state.outbox(), inputs.clone())?;
     let found = inventory::take(&config.inventory);
     let shapes = shapes::ask(&config.inventory.executor, &config.models);
     for device in &found.devices {
@@ -206,11 +222,25 @@ fn assemble(
             Some(why) => tracing::warn!(device = %device.id, model = device.model, "device is unusable: {why}"),
         }
     }
-    let (inputs, heard) = mpsc::channel(INPUTS_MAX);
     let (questions, asked) = mpsc::channel(INPUTS_MAX);
     let (link, linked) = watch::channel(Link::default());
-    let usable: Vec<_> = found.builds.keys().cloned().collect();
+    let lent = Lent {
+        devices: found.devices.iter().map(|device| device.id.clone()).collect(),
+        executors: found.builds.keys().cloned().collect(),
+        commands: config.terms.commands,
+    };
     let supervisor = Supervisor::new(found.builds, inputs.clone());
+    let (pieces, wrote) = mpsc::channel(PIECES_MAX);
+    let runner = Runner::start(RunnerParts {
+        work: state.work(),
+        devices: found.devices.iter().map(|device| (device.id.clone(), device.kind)).collect(),
+        inputs: inputs.clone(),
+        wrote: pieces,
+        pids: supervisor.pids(),
+        warden: if lent.commands { Some(start_warden().map_err(prepare("the warden of programs"))?) } else { None },
+        output_bytes_max: RunnerParts::OUTPUT_BYTES_MAX,
+    });
+    let runner = runner.map_err(prepare("the thread of programs"))?;
     let telemetry = inventory::watch_devices(found.devices.clone(), supervisor.pids(), TELEMETRY)
         .map_err(prepare("the telemetry thread"))?;
     let threads = StoreThreads::start().map_err(prepare("threads for the store"))?;
@@ -225,9 +255,12 @@ fn assemble(
         questions: questions.clone(),
     };
     let the_loop = Loop {
-        agent: Agent::new(worker, usable, kept),
+        agent: Agent::new(worker, lent, HandedOn { seats, records: handed_on }),
         supervisor,
+        runner,
+        terms: config.terms,
         outbox,
+        records,
         publisher: Arc::new(publisher),
         sender: Arc::new(Sender::new(endpoint.clone(), peer, identity.cluster.clone())),
         receiving: Arc::new(receiving),
@@ -249,7 +282,11 @@ fn assemble(
     };
     // Replaced by the session's.
     let (_, session) = mpsc::channel(1);
-    Ok((the_loop, Ears { inputs: heard, questions: asked, session }))
+    Ok((the_loop, Ears { inputs: heard, questions: asked, wrote, session }))
+}
+
+fn start_warden() -> io::Result<Warden> {
+    Warden::start(&std::env::current_exe()?)
 }
 
 fn now() -> UnixMillis {
@@ -261,17 +298,21 @@ impl Loop {
         let mut stop = std::pin::pin!(stop);
         let mut beat = interval(Duration::from_millis(HEARTBEAT_INTERVAL_MS));
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut inputs, mut events) = (Vec::new(), Vec::new());
         loop {
             self.act();
             let deadline = self.agent.next_deadline().map(|at| Duration::from_millis(at.since_ms(now())));
             tokio::select! {
                 () = &mut stop => return Ok(()),
-                Some(input) = ears.inputs.recv() => self.take_in(input),
+                _ = ears.inputs.recv_many(&mut inputs, INPUTS_AT_ONCE) => {
+                    inputs.drain(..).for_each(|input| self.take_in(input));
+                }
                 Some(question) = ears.questions.recv() => self.answer(question),
-                event = ears.session.recv() => match event {
-                    Some(event) => self.on_session(event)?,
+                Some(wrote) = ears.wrote.recv() => self.pass_on(wrote),
+                heard = ears.session.recv_many(&mut events, INPUTS_AT_ONCE) => match heard {
                     // The session ends by itself only after it has dismissed this worker.
-                    None => return Ok(()),
+                    0 => return Ok(()),
+                    _ => events.drain(..).try_for_each(|event| self.on_session(event))?,
                 },
                 _ = beat.tick() => self.beat(),
                 () = tokio::time::sleep(deadline.unwrap_or_default()), if deadline.is_some() => {
@@ -285,6 +326,9 @@ impl Loop {
         if let Input::ExecutorExited { executor, detail } = &input {
             tracing::info!("{detail}");
             self.supervisor.forget(*executor);
+        }
+        if let Input::CommandEnded { seat, .. } = &input {
+            self.runner.forget(*seat);
         }
         self.agent.handle(now(), input);
     }
@@ -328,7 +372,7 @@ impl Loop {
             held: self.agent.held(),
             peer_port: self.bound.port(),
             addresses: own_addresses(self.bound.ip()),
-            terms: Terms::default(),
+            terms: self.terms.clone(),
             shapes: self.shapes.clone(),
         }
     }
@@ -350,6 +394,15 @@ impl Loop {
         }
     }
 
+    /// Passes a piece of output on unless the connection is behind: what is in it is an artifact later.
+    fn pass_on(&mut self, wrote: SeatWrote) {
+        if let Some(outgoing) = &self.outgoing
+            && outgoing.capacity() * 2 > outgoing.max_capacity()
+        {
+            self.say(wrote.into());
+        }
+    }
+
     /// Carries out what the agent wants done.
     fn act(&mut self) {
         while let Some(effect) = self.agent.poll_effect() {
@@ -365,6 +418,10 @@ impl Loop {
                 },
                 Effect::Tell { executor, message } => self.supervisor.tell(executor, message),
                 Effect::Kill { executor } => self.supervisor.kill(executor),
+                Effect::RunCommand { start } => self.runner.run(start),
+                Effect::StopCommand { seat } => self.runner.stop(seat),
+                Effect::KeepRecord { finished } => self.records.keep(finished),
+                Effect::ForgetRecord { seat } => self.records.forget(seat),
                 Effect::Keep { seat, finished, usage, build } => self.keep(seat, *finished, usage, build),
                 Effect::Publish { seat } => self.publish(seat),
                 Effect::SendPacket { from, to, key, path } => self.send(from, to, key, path),

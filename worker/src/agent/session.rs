@@ -8,7 +8,7 @@ use std::time::Duration;
 use protocol::control::{Hello, Refused, ToCoordinator, ToWorker, Welcome, close};
 use protocol::limits::SUSPECT_AFTER_MS;
 use protocol::quic::joining::DialError;
-use protocol::quic::{FrameReader, Received, close_with, dial, explain, write_frame};
+use protocol::quic::{FrameReader, Received, close_with, dial, explain, write_frame, write_frames};
 use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, SendStream, VarInt};
 use tokio::sync::{mpsc, oneshot};
 
@@ -26,8 +26,10 @@ const DIAL_FAST_ROUNDS: u32 = 10;
 const WELCOME: Duration = Duration::from_secs(15);
 /// Pause after a close that will likely be repeated (another agent with this certificate, say).
 const UNWELCOME_PAUSE: Duration = Duration::from_secs(30);
-/// Messages that wait for the connection.
-const OUTGOING_MAX: usize = 1024;
+/// Messages that wait for the connection: at a reconnect the outcome of every seat that was sent ahead to every device.
+const OUTGOING_MAX: usize = 65_536;
+/// Messages written at once.
+const WRITE_MAX: usize = 256;
 
 /// How to reach the coordinator.
 #[derive(Debug, Clone)]
@@ -241,10 +243,12 @@ async fn read(connection: &Connection, mut reader: FrameReader<ToWorker>, events
 }
 
 async fn write(mut send: SendStream, mut messages: mpsc::Receiver<ToCoordinator>) {
-    while let Some(message) = messages.recv().await {
-        if let Err(error) = write_frame(&mut send, &message).await {
+    let mut batch = Vec::with_capacity(WRITE_MAX);
+    while messages.recv_many(&mut batch, WRITE_MAX).await > 0 {
+        if let Err(error) = write_frames(&mut send, &batch).await {
             tracing::debug!("could not write to the coordinator: {error}");
             return;
         }
+        batch.clear();
     }
 }

@@ -40,18 +40,56 @@ pub struct ExecutorBuild {
     pub environment: Vec<(String, String)>,
 }
 
-/// Process ids of executors by device, for telemetry.
+/// Process ids of executors and of researchers' programs by device, for telemetry, and what telemetry saw of them.
 #[derive(Debug, Clone, Default)]
-pub struct Pids(Arc<Mutex<BTreeMap<DeviceId, BTreeSet<u32>>>>);
+pub struct Pids(Arc<Mutex<Known>>);
+
+#[derive(Debug, Default)]
+struct Known {
+    by_device: BTreeMap<DeviceId, BTreeSet<u32>>,
+    /// Most memory of a card that a process was seen to hold, bytes.
+    peaks: BTreeMap<u32, u64>,
+}
 
 impl Pids {
     /// The processes on a device now.
     pub fn of(&self, device: &DeviceId) -> BTreeSet<u32> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(device).cloned().unwrap_or_default()
+        self.known().by_device.get(device).cloned().unwrap_or_default()
     }
 
-    fn change(&self, device: &DeviceId, change: impl FnOnce(&mut BTreeSet<u32>)) {
-        change(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(device.clone()).or_default());
+    /// A process works on a device.
+    pub fn enter(&self, device: &DeviceId, pid: u32) {
+        let mut known = self.known();
+        match known.by_device.get_mut(device) {
+            Some(pids) => drop(pids.insert(pid)),
+            None => drop(known.by_device.insert(device.clone(), [pid].into())),
+        }
+    }
+
+    /// A process has ended: the most memory of a card that it was seen to hold, bytes; 0 if it was not seen.
+    pub fn leave(&self, device: &DeviceId, pid: u32) -> u64 {
+        let mut known = self.known();
+        if let Some(pids) = known.by_device.get_mut(device) {
+            pids.remove(&pid);
+        }
+        known.peaks.remove(&pid).unwrap_or(0)
+    }
+
+    /// Processes were seen to hold memory of a card, bytes.
+    pub fn note_memory(&self, held: &BTreeMap<u32, u64>) {
+        let mut known = self.known();
+        for (pid, bytes) in held {
+            // It may have ended while the driver was asked.
+            if !known.by_device.values().any(|pids| pids.contains(pid)) {
+                continue;
+            }
+            let peak = known.peaks.entry(*pid).or_default();
+            *peak = (*peak).max(*bytes);
+        }
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -99,9 +137,11 @@ impl Supervisor {
             let detail = match spawned {
                 Ok(child) => {
                     let pid = child.id();
-                    pids.change(&device, |pids| pids.extend(pid));
+                    pid.into_iter().for_each(|pid| pids.enter(&device, pid));
                     let detail = attend(executor, child, told, killed, &inputs).await;
-                    pids.change(&device, |pids| pids.retain(|known| Some(*known) != pid));
+                    if let Some(pid) = pid {
+                        pids.leave(&device, pid);
+                    }
                     format!("executor {executor} on {device} {detail}")
                 }
                 Err(detail) => detail,

@@ -75,6 +75,14 @@ pub enum Input {
         /// How it ended, with its last words.
         detail: String,
     },
+    /// A program is over, with every process that it left behind. If it made files they lie below the seat's directory;
+    /// else, and if it failed, the directory is gone.
+    CommandEnded {
+        /// Which.
+        seat: SeatId,
+        /// What it made, or how it failed.
+        ended: Result<exec::Finished, Failure>,
+    },
     /// A seat's part could not begin: its directory, or a model.
     CouldNotStart {
         /// Which.
@@ -86,6 +94,11 @@ pub enum Input {
     Kept {
         /// Which.
         seat: SeatId,
+    },
+    /// Finished seats without outputs are in the outbox.
+    RecordsKept {
+        /// Which.
+        seats: Vec<SeatId>,
     },
     /// A finished seat could not be put into the outbox.
     NotKept {
@@ -174,6 +187,26 @@ pub enum Effect {
     Kill {
         /// Which.
         executor: ExecutorId,
+    },
+    /// Run a researcher's program in the seat's directory; answered by `CommandEnded`, whatever comes.
+    RunCommand {
+        /// What the coordinator asked for, of kind `command`.
+        start: Box<StartSeat>,
+    },
+    /// Stop a program: politely, then not; answered by its `CommandEnded`.
+    StopCommand {
+        /// Which.
+        seat: SeatId,
+    },
+    /// Put a finished seat without outputs into the outbox; answered by `RecordsKept` or `NotKept`.
+    KeepRecord {
+        /// What to tell the coordinator.
+        finished: Box<SeatFinished>,
+    },
+    /// A finished seat without outputs needs no keeping any more.
+    ForgetRecord {
+        /// Which.
+        seat: SeatId,
     },
     /// Put a finished seat's outputs into the outbox; answered by `Kept` or `NotKept`.
     Keep {

@@ -4,20 +4,30 @@
 //! [`Agent::next_deadline`] has come, [`Agent::handle`] with [`Input::Deadline`]. Time comes with every input and must not
 //! go backwards. Questions ([`Agent::held`], [`Agent::offer`]) change nothing.
 //!
-//! A seat goes starting → running → keeping → publishing → published, or to failed from any of these; the last two are
-//! repeated to the coordinator until it settles them. Removing a seat never waits for its executor: the executor is told to
-//! stop, killed after a bound, and the seat's files go when it has let go of them.
+//! A seat goes waiting → starting → running → keeping → publishing → published, or to failed from any of these; the last
+//! two are repeated to the coordinator until it settles them. Removing a seat never waits for its executor: the executor is
+//! told to stop, killed after a bound, and the seat's files go when it has let go of them. A seat sent ahead waits in its
+//! lane, and starts in the same call of [`Agent::handle`] in which the one before lets go of the device.
+//!
+//! Executors do most kinds. A program of a researcher (kind `command`) is the agent's own child; a no-op is done here. What
+//! made no files is kept as one record in the outbox's log and is published by being kept.
+//!
+//! Layout: `start.rs` takes seats in and begins them, `lanes.rs` says whose turn it is, `executors.rs` who works for whom,
+//! `outcomes.rs` repeats what is not settled.
 
 mod executors;
 mod io;
+mod lanes;
+mod outcomes;
+mod seat;
+mod start;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use protocol::control::{
-    CancelSeat, Failure, FailureKind, HeldSeat, SeatFailed, SeatFinished, SeatProgress, SeatSettled, StartSeat,
-    ToWorker, Usage,
+    CancelSeat, Failure, FailureKind, HeldSeat, SeatFinished, SeatProgress, SeatSettled, ToWorker, Usage,
 };
 use protocol::exec::{self, FromExecutor, PacketFile, ToExecutor};
 use protocol::ids::{DeviceId, Role, WorkerId};
@@ -25,99 +35,81 @@ use protocol::time::UnixMillis;
 
 use self::executors::{Executors, Gone};
 pub use self::io::{Effect, ExecutorId, Input, OfferVerdict, SeatId};
+use self::lanes::{LaneId, Lanes};
+use self::outcomes::Said;
+use self::seat::{Phase, Seat, Work};
 
 /// How long an executor may take to stop an attempt before it is killed, milliseconds.
 pub const STOP_GRACE_MS: u64 = 10_000;
 /// An outcome that the coordinator has not settled is said again after so long on the same connection, milliseconds.
 pub const REPEAT_OUTCOME_MS: u64 = 10_000;
+/// Held seats of which every one is told with a note: with notes of usual length they take a tenth of a heartbeat.
+const NOTES_MAX: usize = 1_000;
 /// Attempts remembered after their end, so that a late packet is refused rather than kept waiting.
 const ENDED_REMEMBERED_MAX: usize = 256;
+
+/// What this worker lends.
+#[derive(Debug, Clone, Default)]
+pub struct Lent {
+    /// Every device of the box.
+    pub devices: BTreeSet<DeviceId>,
+    /// Those for which there is an executor.
+    pub executors: BTreeSet<DeviceId>,
+    /// The operator lets programs of researchers run.
+    pub commands: bool,
+}
+
+/// Finished seats that an earlier process left in the outbox.
+#[derive(Debug, Clone, Default)]
+pub struct HandedOn {
+    /// With outputs that may not be in the store.
+    pub seats: Vec<SeatId>,
+    /// Without outputs.
+    pub records: Vec<SeatFinished>,
+}
 
 /// What the agent decides with.
 #[derive(Debug)]
 pub struct Agent {
     worker: WorkerId,
-    devices: BTreeSet<DeviceId>,
+    lent: Lent,
     seats: BTreeMap<SeatId, Seat>,
+    lanes: Lanes,
+    /// Lanes in which someone may go on; empty between calls.
+    moved: Vec<LaneId>,
     executors: Executors,
-    /// Ended here, oldest first.
+    said: Said,
+    /// Seats with packets that ended here, oldest first.
     ended: VecDeque<SeatId>,
     connected: bool,
     effects: VecDeque<Effect>,
 }
 
-#[derive(Debug)]
-struct Seat {
-    /// What the coordinator asked for; `None` for a seat found in the outbox at start, which only waits to be handed in.
-    start: Option<StartSeat>,
-    phase: Phase,
-    progress: SeatProgress,
-    started_at: UnixMillis,
-    packet_bytes: u64,
-    /// Packets on their way to other seats.
-    sending: BTreeSet<String>,
-    /// Packets for this seat that came before its executor ran.
-    arrived: Vec<PacketFile>,
-}
-
-#[derive(Debug)]
-enum Phase {
-    /// Waits for its executor to be up.
-    Starting { executor: ExecutorId },
-    /// The executor works.
-    Running { executor: ExecutorId },
-    /// The executor is done and works for others; packets are still on their way.
-    Sending { finished: exec::Finished, build: String },
-    /// The outputs go into the outbox.
-    Keeping,
-    /// On disk here, on their way to the store.
-    Publishing,
-    /// In the store; the coordinator may not know yet.
-    Published { finished: SeatFinished, said_at: Option<UnixMillis> },
-    /// Failed; the coordinator may not know yet.
-    Failed { failure: Failure, said_at: Option<UnixMillis> },
-}
-
-impl Phase {
-    fn executor(&self) -> Option<ExecutorId> {
-        match self {
-            Self::Starting { executor } | Self::Running { executor } => Some(*executor),
-            Self::Sending { .. } | Self::Keeping | Self::Publishing | Self::Published { .. } | Self::Failed { .. } => {
-                None
-            }
-        }
-    }
-}
-
 /// Answers and questions.
 impl Agent {
-    /// The agent of `worker` with the usable `devices`, holding the finished seats that its outbox has.
-    pub fn new(
-        worker: WorkerId,
-        devices: impl IntoIterator<Item = DeviceId>,
-        outbox: impl IntoIterator<Item = SeatId>,
-    ) -> Self {
+    /// The agent of `worker` with what its box lends, holding what its outbox has.
+    pub fn new(worker: WorkerId, lent: Lent, outbox: HandedOn) -> Self {
         let mut agent = Self {
             worker,
-            devices: devices.into_iter().collect(),
+            lent,
             seats: BTreeMap::new(),
+            lanes: Lanes::default(),
+            moved: Vec::new(),
             executors: Executors::default(),
+            said: Said::default(),
             ended: VecDeque::new(),
             connected: false,
             effects: VecDeque::new(),
         };
-        for seat in outbox {
-            let found = Seat {
-                start: None,
-                phase: Phase::Publishing,
-                progress: SeatProgress { done: 1, total: 1, note: "finished before a restart".to_owned() },
-                started_at: UnixMillis(0),
-                packet_bytes: 0,
-                sending: BTreeSet::new(),
-                arrived: Vec::new(),
-            };
-            agent.seats.insert(seat, found);
-            agent.effects.push_back(Effect::Publish { seat });
+        let note = "finished before a restart";
+        for id in outbox.seats {
+            agent.seats.insert(id, Seat::new(None, Phase::Publishing, UnixMillis(0)).note(note));
+            agent.effects.push_back(Effect::Publish { seat: id });
+        }
+        for finished in outbox.records {
+            let id = SeatId { attempt: finished.attempt, role: finished.role };
+            let phase = Phase::Published { finished: Box::new(finished), said_at: None };
+            agent.seats.insert(id, Seat::new(None, phase, UnixMillis(0)).note(note));
         }
         agent
     }
@@ -129,23 +121,30 @@ impl Agent {
 
     /// When [`Input::Deadline`] is due, if nothing happens before.
     pub fn next_deadline(&self) -> Option<UnixMillis> {
-        let outcome = |seat: &Seat| match &seat.phase {
-            Phase::Published { said_at, .. } | Phase::Failed { said_at, .. } if self.connected => {
-                said_at.map(|said| said.plus_ms(REPEAT_OUTCOME_MS))
-            }
-            _ => None,
-        };
-        self.seats.values().filter_map(outcome).chain(self.executors.next_kill()).min()
+        self.next_repeat().into_iter().chain(self.executors.next_kill()).min()
     }
 
-    /// What this worker holds, for greetings and heartbeats: it renews the leases.
+    /// What this worker holds, for greetings and heartbeats: it renews the leases. Beyond [`NOTES_MAX`] seats those that
+    /// wait have no note, so that the message stays within its frame.
     pub fn held(&self) -> Vec<HeldSeat> {
-        let held = |(id, seat): (&SeatId, &Seat)| HeldSeat {
-            attempt: id.attempt,
-            role: id.role,
-            progress: seat.progress.clone(),
-        };
-        self.seats.iter().map(held).collect()
+        let mut held = Vec::with_capacity(self.seats.len());
+        for (id, seat) in &self.seats {
+            let mut progress = SeatProgress::default();
+            match seat.phase {
+                Phase::Waiting if held.len() >= NOTES_MAX => {}
+                Phase::Waiting => progress.note = self.waiting_note(*id),
+                _ => progress = seat.progress.clone(),
+            }
+            held.push(HeldSeat { attempt: id.attempt, role: id.role, progress });
+        }
+        held
+    }
+
+    fn waiting_note(&self, id: SeatId) -> String {
+        match self.lanes.before(id) {
+            Some(before) => format!("waits for {} on its device", before.attempt),
+            None => "waits for its device".to_owned(),
+        }
     }
 
     /// Whether a packet for `to` from the worker with this key may come.
@@ -157,7 +156,7 @@ impl Agent {
             };
         };
         match (&seat.phase, &seat.start) {
-            (Phase::Starting { .. } | Phase::Running { .. }, Some(start)) => {
+            (Phase::Waiting | Phase::Starting { .. } | Phase::Running { .. }, Some(start)) => {
                 let sits = |other: &protocol::control::SeatAddress| {
                     other.role != to.role && other.spki_sha256 == *peer_spki_sha256
                 };
@@ -178,12 +177,7 @@ impl Agent {
         match input {
             Input::Connected => {
                 self.connected = true;
-                for seat in self.seats.values_mut() {
-                    if let Phase::Published { said_at, .. } | Phase::Failed { said_at, .. } = &mut seat.phase {
-                        *said_at = None;
-                    }
-                }
-                self.say_outcomes(now);
+                self.say_all_outcomes(now);
             }
             Input::Disconnected => self.connected = false,
             Input::Coordinator(message) => self.on_coordinator(now, message),
@@ -193,13 +187,16 @@ impl Agent {
             }
             Input::Executor { executor, message } => self.on_executor(now, executor, message),
             Input::ExecutorExited { executor, detail } => self.on_exit(now, executor, &detail),
+            Input::CommandEnded { seat, ended } => self.on_command_ended(now, seat, ended),
             Input::CouldNotStart { seat, failure } => {
                 // Its executor was told nothing, so there is nothing to stop.
                 let executor = self.seats.get(&seat).and_then(|seat| seat.phase.executor());
                 executor.into_iter().for_each(|executor| self.free(executor));
+                self.leave_lane(seat);
                 self.fail(now, seat, failure);
             }
             Input::Kept { seat } => self.on_kept(seat),
+            Input::RecordsKept { seats } => seats.into_iter().for_each(|seat| self.on_record_kept(now, seat)),
             Input::NotKept { seat, failure } => match self.seats.contains_key(&seat) {
                 true => self.fail(now, seat, failure),
                 false => self.effects.push_back(Effect::Discard { seat }),
@@ -214,12 +211,14 @@ impl Agent {
             Input::PacketNotSent { seat, key: _, failure } => self.fail(now, seat, failure),
             Input::PacketArrived { seat, key, path, bytes } => self.on_packet_arrived(seat, key, path, bytes),
             Input::Deadline => {
-                self.say_outcomes(now);
+                self.repeat_outcomes(now);
                 for executor in self.executors.take_overdue(now) {
                     self.effects.push_back(Effect::Kill { executor });
                 }
             }
         }
+        self.move_up(now);
+        self.drop_settled();
     }
 
     fn on_coordinator(&mut self, now: UnixMillis, message: ToWorker) {
@@ -233,41 +232,6 @@ impl Agent {
             ToWorker::SeatSettled(SeatSettled { attempt, role, .. }) => self.remove(now, SeatId { attempt, role }),
             // The session's own affairs.
             ToWorker::Welcome(_) | ToWorker::HeartbeatAck(_) | ToWorker::Refused(_) | ToWorker::UploadAnswer(_) => {}
-        }
-    }
-
-    fn on_start(&mut self, now: UnixMillis, start: StartSeat) {
-        let id = SeatId { attempt: start.attempt, role: start.role };
-        if self.seats.contains_key(&id) {
-            return; // Said twice, over a reconnect.
-        }
-        self.ended.retain(|ended| *ended != id);
-        let device = start.device.clone();
-        let known = self.devices.contains(&device);
-        let mut seat = Seat {
-            start: Some(start),
-            phase: Phase::Publishing,
-            progress: SeatProgress { note: "starting an executor".to_owned(), ..SeatProgress::default() },
-            started_at: now,
-            packet_bytes: 0,
-            sending: BTreeSet::new(),
-            arrived: Vec::new(),
-        };
-        if !known {
-            let message = format!("this worker has no usable device {device}");
-            seat.phase = Phase::Failed { failure: Failure::new(FailureKind::Unsupported, message), said_at: None };
-            self.seats.insert(id, seat);
-            self.say_outcomes(now);
-            return;
-        }
-        let (executor, launch, ready) = self.executors.take(&device, id);
-        seat.phase = Phase::Starting { executor };
-        self.seats.insert(id, seat);
-        if launch {
-            self.effects.push_back(Effect::Launch { executor, device });
-        }
-        if ready {
-            self.on_ready(now, executor);
         }
     }
 
@@ -299,6 +263,7 @@ impl Agent {
             if over && let Some(stopped) = self.executors.stopped(executor, attempt) {
                 self.effects.push_back(Effect::Discard { seat: stopped });
                 self.end_spare(executor);
+                self.leave_lane(stopped);
             }
             return;
         };
@@ -313,6 +278,7 @@ impl Agent {
             FromExecutor::Finished(finished) => {
                 let build = self.executors.build_of(executor);
                 self.free(executor);
+                self.leave_lane(id);
                 if let Some(seat) = self.seats.get_mut(&id) {
                     seat.phase = Phase::Sending { finished, build };
                     self.keep_if_sent(now, id);
@@ -320,6 +286,7 @@ impl Agent {
             }
             FromExecutor::Failed(failed) => {
                 self.free(executor);
+                self.leave_lane(id);
                 self.fail(now, id, failed.failure);
             }
         }
@@ -327,8 +294,14 @@ impl Agent {
 
     fn on_exit(&mut self, now: UnixMillis, executor: ExecutorId, detail: &str) {
         match self.executors.gone(executor) {
-            Gone::Working(seat) => self.fail(now, seat, Failure::new(FailureKind::ExecutorLost, detail)),
-            Gone::Stopping(seat) => self.effects.push_back(Effect::Discard { seat }),
+            Gone::Working(seat) => {
+                self.leave_lane(seat);
+                self.fail(now, seat, Failure::new(FailureKind::ExecutorLost, detail));
+            }
+            Gone::Stopping(seat) => {
+                self.leave_lane(seat);
+                self.effects.push_back(Effect::Discard { seat });
+            }
             Gone::Idle => {}
         }
     }
@@ -367,7 +340,7 @@ impl Agent {
         seat.packet_bytes += bytes;
         let packet = PacketFile { attempt: to.attempt, key, path };
         match seat.phase {
-            Phase::Starting { .. } => seat.arrived.push(packet),
+            Phase::Waiting | Phase::Starting { .. } => seat.arrived.push(packet),
             Phase::Running { executor } => {
                 self.effects.push_back(Effect::Tell { executor, message: arrival(packet) });
             }
@@ -388,10 +361,31 @@ impl Agent {
             memory_peak_bytes: finished.memory_peak_bytes,
             packet_bytes: seat.packet_bytes,
         };
-        let (finished, build) = (Box::new(finished.clone()), build.clone());
-        seat.phase = Phase::Keeping;
+        let (finished, build) = (finished.clone(), build.clone());
         "finished".clone_into(&mut seat.progress.note);
-        self.effects.push_back(Effect::Keep { seat: id, finished, usage, build });
+        if finished.outputs.is_empty() {
+            let exec::Finished { attempt, models, .. } = finished;
+            let outputs = Vec::new();
+            let finished = Box::new(SeatFinished { attempt, role: id.role, outputs, usage, models, build });
+            seat.phase = Phase::KeepingRecord { finished: finished.clone() };
+            self.effects.push_back(Effect::KeepRecord { finished });
+        } else {
+            seat.phase = Phase::Keeping;
+            self.effects.push_back(Effect::Keep { seat: id, finished: Box::new(finished), usage, build });
+        }
+    }
+
+    /// Nothing need go into the store: what is kept is published.
+    fn on_record_kept(&mut self, now: UnixMillis, id: SeatId) {
+        match self.seats.get_mut(&id) {
+            Some(seat) => {
+                if let Phase::KeepingRecord { finished } = &seat.phase {
+                    seat.phase = Phase::Published { finished: finished.clone(), said_at: None };
+                    self.say_outcome(now, id);
+                }
+            }
+            None => self.effects.push_back(Effect::ForgetRecord { seat: id }),
+        }
     }
 
     fn on_kept(&mut self, id: SeatId) {
@@ -407,36 +401,60 @@ impl Agent {
 
     fn on_published(&mut self, now: UnixMillis, id: SeatId, finished: SeatFinished) {
         if let Some(seat) = self.seats.get_mut(&id) {
-            seat.phase = Phase::Published { finished, said_at: None };
+            seat.phase = Phase::Published { finished: Box::new(finished), said_at: None };
             "published".clone_into(&mut seat.progress.note);
-            self.say_outcomes(now);
+            self.say_outcome(now, id);
         }
     }
 
     /// A seat fails; whatever works for it is told to stop.
     fn fail(&mut self, now: UnixMillis, id: SeatId, failure: Failure) {
         let Some(seat) = self.seats.get_mut(&id) else { return };
-        if matches!(seat.phase, Phase::Failed { .. } | Phase::Published { .. }) {
+        if seat.phase.is_over() {
             return;
         }
         let executor = seat.phase.executor();
-        failure.message.clone_into(&mut seat.progress.note);
-        seat.phase = Phase::Failed { failure, said_at: None };
         seat.sending.clear();
         self.effects.push_back(Effect::StopTransfers { seat: id });
         self.let_go(now, id, executor);
-        self.say_outcomes(now);
+        self.end_as_failed(now, id, failure);
+    }
+
+    /// A seat has failed and there is nothing left of it.
+    fn end_as_failed(&mut self, now: UnixMillis, id: SeatId, failure: Failure) {
+        let Some(seat) = self.seats.get_mut(&id) else { return };
+        failure.message.clone_into(&mut seat.progress.note);
+        seat.phase = Phase::Failed { failure, said_at: None };
+        self.say_outcome(now, id);
     }
 
     /// A seat is nobody's business any more.
     fn remove(&mut self, now: UnixMillis, id: SeatId) {
         let Some(seat) = self.seats.remove(&id) else { return };
+        if seat.phase.is_record() {
+            self.effects.push_back(Effect::ForgetRecord { seat: id });
+        }
+        match (seat.work, &seat.phase) {
+            (Work::Nothing, Phase::Waiting) | (Work::Command, Phase::Waiting) => self.leave_lane(id),
+            (Work::Nothing, _) => {}
+            (Work::Command, Phase::Commanding) => self.effects.push_back(Effect::StopCommand { seat: id }),
+            (Work::Command, Phase::Publishing | Phase::Published { .. }) if !seat.phase.is_record() => {
+                self.effects.push_back(Effect::StopTransfers { seat: id });
+                self.effects.push_back(Effect::Discard { seat: id });
+            }
+            (Work::Command, _) => {}
+            (Work::Executor, _) => self.remove_executors(now, id, &seat),
+        }
+    }
+
+    /// The rest of [`Self::remove`] for a seat that may have had an executor, packets and files.
+    fn remove_executors(&mut self, now: UnixMillis, id: SeatId, seat: &Seat) {
         if self.ended.len() >= ENDED_REMEMBERED_MAX {
             self.ended.pop_front();
         }
         self.ended.push_back(id);
         self.effects.push_back(Effect::StopTransfers { seat: id });
-        match seat.phase {
+        match &seat.phase {
             // Given up when it failed, or still being moved: then they go once that is done.
             Phase::Failed { .. } | Phase::Keeping => {}
             phase => self.let_go(now, id, phase.executor()),
@@ -446,6 +464,7 @@ impl Agent {
     /// Files of a seat go as soon as no executor uses them.
     fn let_go(&mut self, now: UnixMillis, id: SeatId, executor: Option<ExecutorId>) {
         let Some(executor) = executor else {
+            self.leave_lane(id);
             self.effects.push_back(Effect::Discard { seat: id });
             return;
         };
@@ -453,6 +472,7 @@ impl Agent {
             let message = ToExecutor::StopSeat(exec::StopSeat { attempt: id.attempt });
             self.effects.push_back(Effect::Tell { executor, message });
         } else {
+            self.leave_lane(id);
             self.effects.push_back(Effect::Discard { seat: id });
         }
     }
@@ -466,27 +486,6 @@ impl Agent {
     fn end_spare(&mut self, freed: ExecutorId) {
         for spare in self.executors.spare_beside(freed) {
             self.effects.push_back(Effect::Kill { executor: spare });
-        }
-    }
-
-    /// Says outcomes not said on this connection, and those not settled for a while.
-    fn say_outcomes(&mut self, now: UnixMillis) {
-        if !self.connected {
-            return;
-        }
-        for (id, seat) in &mut self.seats {
-            let (message, said_at) = match &mut seat.phase {
-                Phase::Published { finished, said_at } => (finished.clone().into(), said_at),
-                Phase::Failed { failure, said_at } => {
-                    let failure = failure.clone();
-                    (SeatFailed { attempt: id.attempt, role: id.role, failure }.into(), said_at)
-                }
-                _ => continue,
-            };
-            if said_at.is_none_or(|said| now.since_ms(said) >= REPEAT_OUTCOME_MS) {
-                *said_at = Some(now);
-                self.effects.push_back(Effect::Say { message });
-            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The agent's decisions, one situation a test.
 
-use protocol::control::{Output, SeatAddress, ToCoordinator};
-use protocol::experiment::{InspectSpec, LayerSelection, ShardSpec};
+use protocol::control::{Output, SeatAddress, StartSeat, ToCoordinator};
+use protocol::experiment::{CommandSpec, InspectSpec, LayerSelection, NoOpSpec, ShardSpec};
 use protocol::ids::{ArtifactHash, AttemptId, Fence, RunId, ShardId};
 
 use super::*;
@@ -26,21 +26,64 @@ fn address(role: Role, worker: u64) -> SeatAddress {
 }
 
 fn start(fence: u64, role: Role, seats: Vec<SeatAddress>) -> Input {
+    start_in(0, fence, role, seats)
+}
+
+fn start_in(lane: u32, fence: u64, role: Role, seats: Vec<SeatAddress>) -> Input {
     let spec = InspectSpec { model: "m".into(), layers: LayerSelection::All, texts: 1, seed: 0 };
+    start_of(lane, fence, role, seats, ShardSpec::Inspect(spec))
+}
+
+fn start_of(lane: u32, fence: u64, role: Role, seats: Vec<SeatAddress>, spec: ShardSpec) -> Input {
     Input::Coordinator(ToWorker::StartSeat(StartSeat {
         attempt: attempt(fence),
         role,
         device: cpu(),
         reserved_bytes: 1,
-        lane: 0,
-        spec: ShardSpec::Inspect(spec),
+        lane,
+        spec,
         seats,
     }))
 }
 
+fn no_op(fence: u64) -> Input {
+    start_of(0, fence, Role::Main, vec![], ShardSpec::NoOp(NoOpSpec { index: 0 }))
+}
+
+fn command(lane: u32, fence: u64) -> Input {
+    let spec = CommandSpec {
+        argv: vec!["true".into()],
+        env: vec![],
+        files: vec![],
+        memory_bytes: 0,
+        threads: 1,
+        collect: vec![],
+        timeout_ms: 0,
+        retries: 0,
+        class: "true".into(),
+        work: 1,
+    };
+    start_of(lane, fence, Role::Main, vec![], ShardSpec::Command(Box::new(spec)))
+}
+
+fn command_ended(fence: u64, outputs: &[&str]) -> Input {
+    let outputs = outputs.iter().map(|name| ((*name).to_owned(), (*name).to_owned())).collect();
+    let ended = exec::Finished { attempt: attempt(fence), outputs, memory_peak_bytes: 7, models: vec![] };
+    Input::CommandEnded { seat: seat(fence, Role::Main), ended: Ok(ended) }
+}
+
+fn command_failed(fence: u64, kind: FailureKind) -> Input {
+    Input::CommandEnded { seat: seat(fence, Role::Main), ended: Err(Failure::new(kind, "so")) }
+}
+
+fn records_kept(fences: &[u64]) -> Input {
+    Input::RecordsKept { seats: fences.iter().map(|fence| seat(*fence, Role::Main)).collect() }
+}
+
 fn finished(fence: u64) -> FromExecutor {
     let attempt = attempt(fence);
-    FromExecutor::Finished(exec::Finished { attempt, outputs: Vec::new(), memory_peak_bytes: 7, models: Vec::new() })
+    let outputs = vec![("result.json".into(), "p".into())];
+    FromExecutor::Finished(exec::Finished { attempt, outputs, memory_peak_bytes: 7, models: Vec::new() })
 }
 
 fn published(fence: u64, role: Role) -> SeatFinished {
@@ -54,6 +97,10 @@ fn published(fence: u64, role: Role) -> SeatFinished {
     }
 }
 
+fn record(fence: u64) -> SeatFinished {
+    SeatFinished { outputs: vec![], ..published(fence, Role::Main) }
+}
+
 fn cancel(fence: u64) -> Input {
     Input::Coordinator(ToWorker::CancelSeat(CancelSeat { attempt: attempt(fence), reason: String::new() }))
 }
@@ -62,12 +109,16 @@ fn settled(fence: u64, role: Role) -> Input {
     Input::Coordinator(ToWorker::SeatSettled(SeatSettled { attempt: attempt(fence), role, counted: true }))
 }
 
+fn lent(commands: bool) -> Lent {
+    Lent { devices: [cpu()].into(), executors: [cpu()].into(), commands }
+}
+
 /// An agent of `w1` and the names of what it wants done.
 struct Bench(Agent);
 
 impl Bench {
     fn new() -> Self {
-        Self(Agent::new(WorkerId(1), [cpu()], []))
+        Self(Agent::new(WorkerId(1), lent(true), HandedOn::default()))
     }
 
     fn connected() -> Self {
@@ -116,6 +167,10 @@ fn brief(effect: &Effect) -> String {
         }
         Effect::Tell { message, .. } => format!("tell {message:?}"),
         Effect::Kill { executor } => format!("kill {executor}"),
+        Effect::RunCommand { start } => format!("command {}", start.attempt.fence),
+        Effect::StopCommand { seat } => format!("stop {seat}"),
+        Effect::KeepRecord { finished } => format!("record {}", finished.attempt.fence),
+        Effect::ForgetRecord { seat } => format!("forget {seat}"),
         Effect::Keep { seat, usage, .. } => format!("keep {seat} {} ms", usage.wall_ms),
         Effect::Publish { seat } => format!("publish {seat}"),
         Effect::SendPacket { to, key, .. } => format!("send {key} to {}", to.worker),
@@ -162,11 +217,14 @@ fn outcomes_are_repeated_over_reconnects_and_after_a_while_until_settled() {
 
 #[test]
 fn what_an_earlier_process_finished_is_published_and_handed_in() {
-    let mut bench = Bench(Agent::new(WorkerId(1), [cpu()], [seat(4, Role::Main)]));
+    let outbox = HandedOn { seats: vec![seat(4, Role::Main)], records: vec![record(5)] };
+    let mut bench = Bench(Agent::new(WorkerId(1), lent(false), outbox));
     assert_eq!(bench.0.held()[0].attempt, attempt(4));
-    assert_eq!(bench.after(Input::Connected), ["publish r1.0#f4 main"]);
+    assert_eq!(bench.after(Input::Connected), ["publish r1.0#f4 main", "say finished f5"]);
     let published = Input::Published { seat: seat(4, Role::Main), finished: published(4, Role::Main) };
     assert_eq!(bench.after(published), ["say finished f4"]);
+    let forgotten = ["forget r1.0#f5 main", "stop transfers r1.0#f5 main", "discard r1.0#f5 main"];
+    assert_eq!(bench.after(settled(5, Role::Main)), forgotten);
 }
 
 #[test]
@@ -187,9 +245,10 @@ fn a_cancelled_seat_stops_and_its_files_go_when_the_executor_lets_go() {
     let executor = bench.running(1, Role::Main, vec![]);
     assert_eq!(bench.after(cancel(1)), ["stop transfers r1.0#f1 main", "stop x1"]);
     assert!(bench.0.held().is_empty(), "its lease is not renewed");
-    assert_eq!(bench.after(start(2, Role::Main, vec![])), ["launch x2"], "x1 is not free yet");
-    assert_eq!(bench.after(Input::Executor { executor, message: finished(1) }), ["discard r1.0#f1 main"]);
-    assert_eq!(bench.after(start(3, Role::Main, vec![])), ["run f3 on x1"]);
+    assert_eq!(bench.after(start_in(1, 2, Role::Main, vec![])), ["launch x2"], "x1 is not free yet");
+    assert_eq!(bench.after(start(3, Role::Main, vec![])), [""; 0], "nor is its lane");
+    let effects = bench.after(Input::Executor { executor, message: finished(1) });
+    assert_eq!(effects, ["discard r1.0#f1 main", "run f3 on x1"]);
 }
 
 #[test]
@@ -323,4 +382,113 @@ fn a_full_store_is_a_note_and_nothing_else() {
     let note = "waiting for the store: it is full".to_owned();
     assert_eq!(bench.after(Input::PublishDelayed { seat: seat(1, Role::Main), note: note.clone() }), [""; 0]);
     assert_eq!(bench.0.held()[0].progress.note, note);
+}
+
+#[test]
+fn seats_of_a_lane_run_one_after_another_and_lanes_side_by_side() {
+    let mut bench = Bench::connected();
+    assert_eq!(bench.after(command(0, 1)), ["command f1"]);
+    assert_eq!(bench.after(command(0, 3)), [""; 0]);
+    assert_eq!(bench.after(command(0, 2)), [""; 0]);
+    assert_eq!(bench.after(command(1, 4)), ["command f4"]);
+    let notes: Vec<_> = bench.0.held().into_iter().map(|held| held.progress.note).collect();
+    assert_eq!(notes, ["runs", "waits for r1.0#f1 on its device", "waits for r1.0#f2 on its device", "runs"]);
+    assert_eq!(bench.after(command_ended(1, &[])), ["record f1", "command f2"], "in the order of their fences");
+    let effects = bench.after(command_failed(2, FailureKind::CommandFailed));
+    assert_eq!(effects, ["say failed f2 command failed", "command f3"], "a failure holds nobody up");
+}
+
+#[test]
+fn a_cancelled_seat_that_waits_is_only_removed() {
+    let mut bench = Bench::connected();
+    bench.after(command(0, 1));
+    bench.after(command(0, 2));
+    bench.after(command(0, 3));
+    assert_eq!(bench.after(cancel(2)), [""; 0]);
+    assert_eq!(bench.0.held().len(), 2);
+    assert_eq!(bench.after(cancel(1)), ["stop r1.0#f1 main"]);
+    assert_eq!(bench.0.held().len(), 1, "its lease is not renewed");
+    assert_eq!(bench.after(command_failed(1, FailureKind::Cancelled)), ["command f3"], "not before the device is free");
+}
+
+#[test]
+fn a_seat_that_waits_for_an_executor_starts_when_it_is_let_go() {
+    let mut bench = Bench::connected();
+    let executor = bench.running(1, Role::Main, vec![]);
+    assert_eq!(bench.after(start(2, Role::Main, vec![])), [""; 0]);
+    let effects = bench.after(Input::Executor { executor, message: finished(1) });
+    assert_eq!(effects, ["keep r1.0#f1 main 0 ms", "run f2 on x1"]);
+    bench.after(start(3, Role::Main, vec![]));
+    let effects = bench.after(Input::ExecutorExited { executor, detail: "killed".into() });
+    assert_eq!(effects.last().unwrap(), "launch x2");
+}
+
+#[test]
+fn seats_of_one_attempt_share_a_lane() {
+    let mut bench = Bench::connected();
+    let seats = vec![address(Role::Source, 1), address(Role::Target, 1)];
+    assert_eq!(bench.after(start(1, Role::Source, seats.clone())), ["launch x1"]);
+    assert_eq!(bench.after(start(2, Role::Main, vec![])), [""; 0]);
+    assert_eq!(bench.after(start(1, Role::Target, seats)), ["launch x2"]);
+}
+
+#[test]
+fn no_ops_are_done_at_once_kept_together_and_forgotten_when_settled() {
+    let mut bench = Bench::connected();
+    assert_eq!(bench.after(no_op(1)), ["record f1"]);
+    assert_eq!(bench.after(no_op(2)), ["record f2"], "the device was free again");
+    assert_eq!(bench.after(records_kept(&[1, 2])), ["say finished f1", "say finished f2"]);
+    assert_eq!(bench.after(settled(1, Role::Main)), ["forget r1.0#f1 main"]);
+    assert_eq!(bench.0.next_deadline(), Some(NOW.plus_ms(REPEAT_OUTCOME_MS)), "the other is not settled");
+    assert_eq!(bench.after(settled(2, Role::Main)), ["forget r1.0#f2 main"]);
+    assert_eq!((bench.0.next_deadline(), bench.0.held()), (None, vec![]));
+    bench.after(no_op(3));
+    assert_eq!(bench.after(cancel(3)), [""; 0]);
+    assert_eq!(bench.after(records_kept(&[3])), ["forget r1.0#f3 main"], "settled while it was being kept");
+}
+
+#[test]
+fn a_lane_of_no_ops_behind_a_command_goes_through_in_one_step() {
+    let mut bench = Bench::connected();
+    bench.after(command(0, 1));
+    (2..100).for_each(|fence| assert_eq!(bench.after(no_op(fence)), [""; 0]));
+    assert_eq!(bench.after(command_ended(1, &[])).len(), 99);
+}
+
+#[test]
+fn commands_with_files_go_through_the_outbox_and_others_are_records() {
+    let mut bench = Bench::connected();
+    bench.after(command(0, 1));
+    assert_eq!(bench.after(command_ended(1, &["output.log"])), ["keep r1.0#f1 main 0 ms"]);
+    assert_eq!(bench.after(Input::Kept { seat: seat(1, Role::Main) }), ["publish r1.0#f1 main"]);
+    let published = Input::Published { seat: seat(1, Role::Main), finished: published(1, Role::Main) };
+    assert_eq!(bench.after(published), ["say finished f1"]);
+    assert_eq!(bench.after(settled(1, Role::Main)), ["stop transfers r1.0#f1 main", "discard r1.0#f1 main"]);
+    bench.after(command(0, 2));
+    assert_eq!(bench.after(cancel(2)), ["stop r1.0#f2 main"]);
+    // It was over before it could be stopped.
+    assert_eq!(bench.after(command_ended(2, &["output.log"])), ["discard r1.0#f2 main"]);
+}
+
+#[test]
+fn programs_run_only_where_the_operator_lets_them_and_need_no_executor() {
+    let bare = |commands| Lent { devices: [cpu()].into(), executors: BTreeSet::new(), commands };
+    let mut bench = Bench(Agent::new(WorkerId(1), bare(false), HandedOn::default()));
+    bench.after(Input::Connected);
+    assert_eq!(bench.after(command(0, 1)), ["say failed f1 forbidden"]);
+    assert_eq!(bench.after(no_op(2)), ["record f2"]);
+    assert_eq!(bench.after(start(3, Role::Main, vec![])), ["say failed f3 unsupported"]);
+    let mut bench = Bench(Agent::new(WorkerId(1), bare(true), HandedOn::default()));
+    assert_eq!(bench.after(command(0, 1)), ["command f1"]);
+}
+
+#[test]
+fn thousands_of_held_seats_fit_a_heartbeat() {
+    let mut bench = Bench::connected();
+    bench.after(command(0, 1));
+    (2..20_000).for_each(|fence| drop(bench.after(command(0, fence))));
+    let held = bench.0.held();
+    assert_eq!(held.len(), 19_999);
+    let heartbeat = protocol::control::Heartbeat { sequence: 1, telemetry: vec![], held };
+    protocol::frame::Messages::to_frame(&ToCoordinator::from(heartbeat)).unwrap();
 }

@@ -1,0 +1,640 @@
+//! The thread on which programs are started, watched and buried.
+
+use std::collections::BTreeMap;
+use std::io::{self, PipeReader};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use protocol::control::{Failure, FailureKind, SeatWrote, StartSeat};
+use protocol::exec::Finished;
+use protocol::experiment::{CommandSpec, ShardSpec};
+use protocol::hardware::DeviceKind;
+use protocol::ids::DeviceId;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+
+use super::child::{self, Running};
+use super::collect::collect;
+use super::output::{OUTPUT_BYTES_MAX, OUTPUT_NAME, Output};
+use super::verdict::{self, EndedBy};
+use super::warden::{Slot, Warden};
+use crate::agent::core::{Input, STOP_GRACE_MS, SeatId};
+use crate::agent::publish::chain;
+use crate::agent::supervisor::Pids;
+
+/// How long a program that was asked to stop may take.
+const STOP_GRACE: Duration = Duration::from_millis(STOP_GRACE_MS);
+/// How long what a dead program left in its pipe may take to come out: another process may hold the other end.
+const PIPE_RUNS_DRY: Duration = Duration::from_secs(2);
+/// Bytes read from a pipe at once.
+const READ_BYTES: usize = 16 << 10;
+/// The kernel's count of kills is asked for at most this often: it goes over every counter of the box.
+const KILLS_EVERY: Duration = Duration::from_secs(1);
+
+/// What the runner works with.
+#[derive(Debug)]
+pub struct RunnerParts {
+    /// Where seats have their directories.
+    pub work: PathBuf,
+    /// The devices of this box.
+    pub devices: BTreeMap<DeviceId, DeviceKind>,
+    /// Takes [`Input::CommandEnded`].
+    pub inputs: mpsc::Sender<Input>,
+    /// Takes what programs write; what does not fit is dropped.
+    pub wrote: mpsc::Sender<SeatWrote>,
+    /// Where their process numbers are noted, for telemetry.
+    pub pids: Pids,
+    /// Ends them with the agent.
+    pub warden: Option<Warden>,
+    /// Longest output kept, bytes.
+    pub output_bytes_max: u64,
+}
+
+impl RunnerParts {
+    /// The usual limit of a program's output.
+    pub const OUTPUT_BYTES_MAX: u64 = OUTPUT_BYTES_MAX;
+}
+
+/// Runs programs. Dropped, it lets go of all of them.
+#[derive(Debug)]
+pub struct Runner {
+    thread: Handle,
+    shared: Arc<Shared>,
+    stops: BTreeMap<SeatId, oneshot::Sender<()>>,
+    /// Dropped with the runner: the thread ends.
+    _end: oneshot::Sender<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    parts: RunnerParts,
+    /// The kernel's kills as last asked for, and when.
+    kills: Mutex<Option<(Instant, Option<u64>)>>,
+}
+
+impl Runner {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// Of the system.
+    pub fn start(parts: RunnerParts) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let thread = runtime.handle().clone();
+        let (end, ends) = oneshot::channel::<()>();
+        std::thread::Builder::new().name("commands".to_owned()).spawn(move || {
+            let _ = runtime.block_on(ends);
+            runtime.shutdown_background();
+        })?;
+        let shared = Arc::new(Shared { parts, kills: Mutex::new(None) });
+        Ok(Self { thread, shared, stops: BTreeMap::new(), _end: end })
+    }
+
+    /// Runs a seat's program; whatever comes of it comes as [`Input::CommandEnded`].
+    pub fn run(&mut self, start: Box<StartSeat>) {
+        let seat = SeatId { attempt: start.attempt, role: start.role };
+        let (stop, stopped) = oneshot::channel();
+        self.stops.insert(seat, stop);
+        let shared = Arc::clone(&self.shared);
+        self.thread.spawn(async move {
+            let ended = shared.carry_out(seat, &start, stopped).await;
+            // The loop that listens ends only with the process.
+            let _ = shared.parts.inputs.send(Input::CommandEnded { seat, ended }).await;
+        });
+    }
+
+    /// Stops a seat's program.
+    pub fn stop(&mut self, seat: SeatId) {
+        if let Some(stop) = self.stops.remove(&seat) {
+            // One that has ended meanwhile need not be told.
+            let _ = stop.send(());
+        }
+    }
+
+    /// Forgets a seat whose end was heard of.
+    pub fn forget(&mut self, seat: SeatId) {
+        self.stops.remove(&seat);
+    }
+}
+
+/// What a program made.
+struct Made {
+    outputs: Vec<(String, PathBuf)>,
+    memory_peak_bytes: u64,
+}
+
+impl Shared {
+    async fn carry_out(
+        &self,
+        seat: SeatId,
+        start: &StartSeat,
+        stop: oneshot::Receiver<()>,
+    ) -> Result<Finished, Failure> {
+        let directory = self.parts.work.join(seat.directory_name());
+        let made = match &start.spec {
+            ShardSpec::Command(spec) => match prepare(&directory, &spec.files) {
+                Ok(()) => self.run(seat, start, spec, &directory, stop).await,
+                Err(failure) => Err(failure),
+            },
+            other => Err(Failure::new(FailureKind::Internal, format!("{} is not a program", other.kind()))),
+        };
+        if !matches!(&made, Ok(made) if !made.outputs.is_empty()) {
+            remove(&directory).await;
+        }
+        let Made { outputs, memory_peak_bytes } = made?;
+        let outputs = outputs.into_iter().map(|(name, path)| (name, path.to_string_lossy().into_owned())).collect();
+        Ok(Finished { attempt: seat.attempt, outputs, memory_peak_bytes, models: Vec::new() })
+    }
+
+    async fn run(
+        &self,
+        seat: SeatId,
+        start: &StartSeat,
+        spec: &CommandSpec,
+        directory: &Path,
+        stop: oneshot::Receiver<()>,
+    ) -> Result<Made, Failure> {
+        let kind = self.parts.devices.get(&start.device).copied().unwrap_or(DeviceKind::Cpu);
+        let environment = child::environment(start, spec, kind);
+        let name = spec.argv.first().map_or("", String::as_str);
+        let program = child::find_program(name, &environment).ok_or_else(|| cannot_start(name, "not on the `PATH`"))?;
+        let kills = self.kernel_kills(Instant::now());
+        let (running, pipe) = child::spawn(&program, &spec.argv, &environment, directory)
+            .map_err(|error| cannot_start(name, &error.to_string()))?;
+        let watched = Watched::new(self, &start.device, running.pid());
+        let mut output = Output::new(seat, directory, self.parts.output_bytes_max);
+        let ended_by = self.watch(&running, pipe, &mut output, spec.timeout_ms, stop).await;
+        let card_bytes = watched.over();
+        let ended = running.bury().map_err(|error| internal(&error))?;
+        let ended_by = ended_by.map_err(|error| local_disk("could not keep what the program wrote", &error))?;
+        if let Some(piece) = output.last_piece() {
+            self.tell(piece);
+        }
+        if let Some(failure) = verdict::failure(ended.status, ended_by, output.tail(), || kernel_was_short(kills)) {
+            return Err(failure);
+        }
+        let memory_peak_bytes = match kind {
+            DeviceKind::Cpu => ended.memory_peak_bytes,
+            DeviceKind::Cuda => card_bytes,
+        };
+        let outputs = pick_up(directory, &spec.collect, output).await?;
+        Ok(Made { outputs, memory_peak_bytes })
+    }
+
+    /// Until the program and what it left in its pipe is over; whether it was ended by us.
+    async fn watch(
+        &self,
+        running: &Running,
+        pipe: PipeReader,
+        output: &mut Output,
+        timeout_ms: u64,
+        mut stop: oneshot::Receiver<()>,
+    ) -> io::Result<Option<EndedBy>> {
+        let mut pipe = Some(pipe::Receiver::from_owned_fd(OwnedFd::from(pipe))?);
+        let mut buffer = vec![0; READ_BYTES];
+        let mut times_out = (timeout_ms > 0).then(|| Instant::now() + Duration::from_millis(timeout_ms));
+        let (mut kill_at, mut ended_by) = (None, None);
+        loop {
+            let wake = [times_out, kill_at, output.next_piece()].into_iter().flatten().min();
+            let mut asked = None;
+            tokio::select! {
+                biased;
+                () = running.ended() => break,
+                _ = &mut stop, if ended_by.is_none() => asked = Some(EndedBy::Cancel),
+                () = sleep_until(wake) => {}
+                read = read(pipe.as_mut(), &mut buffer) => match read? {
+                    0 => pipe = None,
+                    length => self.keep(running, output, &buffer[..length]).await?,
+                },
+            }
+            let now = Instant::now();
+            if times_out.is_some_and(|at| at <= now) && ended_by.is_none() {
+                asked = Some(EndedBy::Timeout(timeout_ms));
+            }
+            if asked.is_some() {
+                running.terminate();
+                (ended_by, kill_at, times_out) = (asked, Some(now + STOP_GRACE), None);
+            }
+            if kill_at.is_some_and(|at| at <= now) {
+                running.kill();
+                kill_at = None;
+            }
+            output.piece(now).into_iter().for_each(|piece| self.tell(piece));
+        }
+        // What it started is ended with it; then the pipe runs dry.
+        running.kill();
+        if let Some(mut pipe) = pipe {
+            let rest = async {
+                while let length @ 1.. = pipe.read(&mut buffer).await? {
+                    output.take(&buffer[..length], Instant::now())?;
+                }
+                io::Result::Ok(())
+            };
+            // Someone who left the group may hold the other end for ever.
+            tokio::time::timeout(PIPE_RUNS_DRY, rest).await.unwrap_or(Ok(()))?;
+        }
+        Ok(ended_by)
+    }
+
+    /// A program whose words cannot be kept is ended: nobody would know what it did.
+    async fn keep(&self, running: &Running, output: &mut Output, bytes: &[u8]) -> io::Result<()> {
+        let kept = output.take(bytes, Instant::now());
+        if kept.is_err() {
+            running.kill();
+            running.ended().await;
+        }
+        kept
+    }
+
+    fn tell(&self, piece: SeatWrote) {
+        // Whoever reads along can do without; the artifact has everything.
+        let _ = self.parts.wrote.try_send(piece);
+    }
+
+    /// The kernel's kills at `now`, or a little before.
+    fn kernel_kills(&self, now: Instant) -> Option<u64> {
+        let mut kills = self.kills.lock().unwrap_or_else(PoisonError::into_inner);
+        match *kills {
+            Some((asked, count)) if now.duration_since(asked) < KILLS_EVERY => count,
+            _ => {
+                let count = verdict::kernel_kills();
+                *kills = Some((now, count));
+                count
+            }
+        }
+    }
+}
+
+/// A program that telemetry counts and the warden guards.
+struct Watched<'a> {
+    shared: &'a Shared,
+    device: &'a DeviceId,
+    pid: u32,
+    slot: Option<Slot>,
+}
+
+impl<'a> Watched<'a> {
+    fn new(shared: &'a Shared, device: &'a DeviceId, pid: u32) -> Self {
+        shared.parts.pids.enter(device, pid);
+        let guarded = shared.parts.warden.as_ref().map(|warden| warden.guard(pid));
+        let slot = match guarded.transpose() {
+            Ok(slot) => slot,
+            Err(error) => {
+                tracing::warn!("a program will not end with the agent: {error}");
+                None
+            }
+        };
+        Self { shared, device, pid, slot }
+    }
+
+    /// It has ended: the most that it was seen to hold of a card, bytes.
+    fn over(self) -> u64 {
+        if let (Some(warden), Some(slot)) = (&self.shared.parts.warden, self.slot) {
+            warden.release(slot);
+        }
+        self.shared.parts.pids.leave(self.device, self.pid)
+    }
+}
+
+/// Whether the kernel has killed anything for lack of memory since it was asked.
+fn kernel_was_short(before: Option<u64>) -> bool {
+    before.zip(verdict::kernel_kills()).is_some_and(|(before, now)| now > before)
+}
+
+/// The pipe's next bytes; 0 at its end. Pending for ever without a pipe.
+async fn read(pipe: Option<&mut pipe::Receiver>, buffer: &mut [u8]) -> io::Result<usize> {
+    match pipe {
+        Some(pipe) => pipe.read(buffer).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(wake: Option<Instant>) {
+    match wake {
+        Some(wake) => tokio::time::sleep_until(wake.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Makes the seat's directory and puts the sweep's files there. A text that begins with `#!` may be run.
+fn prepare(directory: &Path, files: &[(String, String)]) -> Result<(), Failure> {
+    let disk = |error| local_disk("could not make the program's directory", &error);
+    std::fs::DirBuilder::new().mode(0o700).create(directory).map_err(disk)?;
+    for (name, text) in files {
+        let relative = Path::new(name);
+        if name.is_empty() || !relative.components().all(|part| matches!(part, Component::Normal(_))) {
+            let message = format!("file `{name}` is not below the program's directory");
+            return Err(Failure::new(FailureKind::BadSpec, message));
+        }
+        let path = directory.join(relative);
+        let mode = if text.starts_with("#!") { 0o700 } else { 0o600 };
+        let written = path.parent().map_or(Ok(()), protocol::private_file::create_dir).and_then(|()| {
+            let file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&path);
+            io::Write::write_all(&mut file?, text.as_bytes())
+        });
+        written.map_err(disk)?;
+    }
+    Ok(())
+}
+
+/// The files that the sweep asks for, and the output if there was any.
+async fn pick_up(directory: &Path, patterns: &[String], output: Output) -> Result<Vec<(String, PathBuf)>, Failure> {
+    let log = output.finish().map_err(|error| local_disk("could not keep what the program wrote", &error))?;
+    let mut outputs: Vec<_> = log.into_iter().map(|path| (OUTPUT_NAME.to_owned(), path)).collect();
+    if !patterns.is_empty() {
+        let (directory, patterns) = (directory.to_owned(), patterns.to_vec());
+        let found = tokio::task::spawn_blocking(move || collect(&directory, &patterns)).await;
+        let found = found.map_err(|error| Failure::new(FailureKind::Internal, error.to_string()))?;
+        outputs.extend(found.map_err(|error| Failure::new(FailureKind::CommandFailed, chain(&error)))?);
+    }
+    Ok(outputs)
+}
+
+/// Removes a seat's directory; most are empty.
+async fn remove(directory: &Path) {
+    if std::fs::remove_dir(directory).is_ok() {
+        return;
+    }
+    let path = directory.to_owned();
+    let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(&path)).await;
+    match removed {
+        Ok(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %directory.display(), "could not remove a program's directory: {error}");
+        }
+        _ => {}
+    }
+}
+
+fn cannot_start(name: &str, why: &str) -> Failure {
+    let message = format!("could not start `{name}` on this worker: {why}");
+    Failure::new(FailureKind::CommandFailed, message).hint("programs are looked for on the worker's `PATH`")
+}
+
+fn local_disk(what: &str, error: &io::Error) -> Failure {
+    Failure::new(FailureKind::LocalDisk, format!("{what}: {error}"))
+}
+
+fn internal(error: &io::Error) -> Failure {
+    Failure::new(FailureKind::Internal, format!("nobody knows how the program ended: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use protocol::ids::{AttemptId, Fence, Role, RunId, ShardId};
+
+    use super::*;
+
+    const CPU: &str = "cpu";
+
+    struct Bench {
+        directory: tempfile::TempDir,
+        runner: Runner,
+        heard: mpsc::Receiver<Input>,
+        wrote: mpsc::Receiver<SeatWrote>,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            Self::with_output_max(OUTPUT_BYTES_MAX)
+        }
+
+        fn with_output_max(output_bytes_max: u64) -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let (inputs, heard) = mpsc::channel(64);
+            let (pieces, wrote) = mpsc::channel(64);
+            let runner = Runner::start(RunnerParts {
+                work: directory.path().to_owned(),
+                devices: [(DeviceId(CPU.into()), DeviceKind::Cpu), (DeviceId("GPU-1".into()), DeviceKind::Cuda)].into(),
+                inputs,
+                wrote: pieces,
+                pids: Pids::default(),
+                warden: None,
+                output_bytes_max,
+            });
+            Self { directory, runner: runner.unwrap(), heard, wrote }
+        }
+
+        async fn ended(&mut self) -> Result<Finished, Failure> {
+            let Some(Input::CommandEnded { ended, .. }) = self.heard.recv().await else { panic!("an end") };
+            ended
+        }
+
+        async fn run(&mut self, spec: CommandSpec) -> Result<Finished, Failure> {
+            self.runner.run(start(CPU, spec));
+            self.ended().await
+        }
+
+        async fn shell(&mut self, text: &str) -> Result<Finished, Failure> {
+            self.run(shell(text)).await
+        }
+
+        /// Nothing of the seat is left.
+        fn is_empty(&self) -> bool {
+            std::fs::read_dir(self.directory.path()).unwrap().next().is_none()
+        }
+    }
+
+    fn seat() -> SeatId {
+        let attempt = AttemptId { shard: ShardId { run: RunId(1), index: 2 }, fence: Fence(3) };
+        SeatId { attempt, role: Role::Main }
+    }
+
+    fn start(device: &str, spec: CommandSpec) -> Box<StartSeat> {
+        Box::new(StartSeat {
+            attempt: seat().attempt,
+            role: Role::Main,
+            device: DeviceId(device.into()),
+            reserved_bytes: 5_000_000,
+            lane: 0,
+            spec: ShardSpec::Command(Box::new(spec)),
+            seats: Vec::new(),
+        })
+    }
+
+    fn shell(text: &str) -> CommandSpec {
+        CommandSpec {
+            argv: vec!["sh".into(), "-c".into(), text.into()],
+            env: Vec::new(),
+            files: Vec::new(),
+            memory_bytes: 0,
+            threads: 3,
+            collect: Vec::new(),
+            timeout_ms: 0,
+            retries: 0,
+            class: "sh".into(),
+            work: 1,
+        }
+    }
+
+    fn text_of(finished: &Finished, name: &str) -> String {
+        let (_, path) = finished.outputs.iter().find(|(output, _)| output == name).expect(name);
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    fn is_alive(pid: &str) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+    }
+
+    #[tokio::test]
+    async fn a_silent_program_leaves_nothing_and_its_memory_is_known() {
+        let mut bench = Bench::new();
+        let finished = bench.shell("exit 0").await.unwrap();
+        assert!(finished.outputs.is_empty() && finished.memory_peak_bytes > 0 && bench.is_empty());
+    }
+
+    #[tokio::test]
+    async fn output_and_collected_files_become_outputs() {
+        let mut bench = Bench::new();
+        let mut spec = shell("cat in/put.txt; echo error >&2; mkdir out; echo 1 >out/a.json; echo 2 >out/b.txt; ./go");
+        spec.files = vec![
+            (
+                "in/put.txt".into(),
+                "text
+"
+                .into(),
+            ),
+            (
+                "go".into(),
+                "#!/bin/sh
+echo gone
+"
+                .into(),
+            ),
+        ];
+        spec.collect = vec!["out/*.json".into()];
+        let finished = bench.run(spec).await.unwrap();
+        let names: Vec<_> = finished.outputs.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, [OUTPUT_NAME, "out/a.json"]);
+        assert_eq!(
+            text_of(&finished, OUTPUT_NAME),
+            "text
+error
+gone
+"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_program_knows_its_place_and_nothing_of_the_agents() {
+        let mut bench = Bench::new();
+        let mut spec = shell("env | sort");
+        spec.env = vec![("BONEPILE_PARAM_LR".into(), "0.1".into())];
+        let finished = bench.run(spec.clone()).await.unwrap();
+        let text = text_of(&finished, OUTPUT_NAME);
+        for line in [
+            "BONEPILE_ATTEMPT=r1.2#f3",
+            "BONEPILE_DEVICE=cpu",
+            "BONEPILE_MEMORY_BYTES=5000000",
+            "BONEPILE_PARAM_LR=0.1",
+            "BONEPILE_RUN=r1",
+            "BONEPILE_SHARD=r1.2",
+            "CUDA_VISIBLE_DEVICES=",
+            "OMP_NUM_THREADS=3",
+        ] {
+            assert!(text.lines().any(|have| have == line), "no {line} in {text}");
+        }
+        assert!(!text.contains("CARGO"), "{text}");
+        std::fs::remove_dir_all(bench.directory.path().join(seat().directory_name())).unwrap();
+        bench.runner.run(start("GPU-1", spec));
+        let text = text_of(&bench.ended().await.unwrap(), OUTPUT_NAME);
+        assert!(
+            text.contains(
+                "CUDA_VISIBLE_DEVICES=GPU-1
+"
+            ) && !text.contains("OMP_NUM_THREADS"),
+            "{text}"
+        );
+    }
+
+    #[tokio::test]
+    async fn failures_are_told_apart() {
+        let mut bench = Bench::new();
+        for (text, kind, message) in [
+            (
+                "echo so; exit 3",
+                FailureKind::CommandFailed,
+                "the program ended with exit code 3; its last words:
+so",
+            ),
+            ("kill -SEGV $$", FailureKind::CommandFailed, "the program was killed by SIGSEGV"),
+            (
+                "echo MemoryError; exit 1",
+                FailureKind::OutOfMemory,
+                "exit code 1; its last words:
+MemoryError",
+            ),
+        ] {
+            let failure = bench.shell(text).await.unwrap_err();
+            assert_eq!(failure.kind, kind, "{failure}");
+            assert!(failure.message.contains(message), "{failure}");
+            assert!(bench.is_empty(), "{text}");
+        }
+        let mut nothing = shell("");
+        nothing.argv = vec!["no-such-program".into()];
+        let failure = bench.run(nothing).await.unwrap_err();
+        assert_eq!(failure.message, "could not start `no-such-program` on this worker: not on the `PATH`");
+        let mut outside = shell("true");
+        outside.files = vec![("../outside".into(), String::new())];
+        assert_eq!(bench.run(outside).await.unwrap_err().kind, FailureKind::BadSpec);
+        assert!(bench.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_program_out_of_time_ends_with_all_that_it_started() {
+        let mut bench = Bench::new();
+        let pids = bench.directory.path().with_extension("pids");
+        let mut spec = shell(&format!("sleep 1000 & echo $! >{}; sleep 1000", pids.display()));
+        spec.timeout_ms = 300;
+        let failure = bench.run(spec).await.unwrap_err();
+        assert_eq!(failure.kind, FailureKind::TimedOut, "{failure}");
+        let pid = std::fs::read_to_string(&pids).unwrap();
+        std::fs::remove_file(&pids).unwrap();
+        while is_alive(pid.trim()) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(bench.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_program_that_ends_takes_its_children_along() {
+        let mut bench = Bench::new();
+        let finished = bench.shell("sleep 1000 & echo $!").await.unwrap();
+        let pid = text_of(&finished, OUTPUT_NAME);
+        while is_alive(pid.trim()) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stopped_program_is_over_and_what_it_wrote_was_told() {
+        let mut bench = Bench::new();
+        bench.runner.run(start(CPU, shell("echo begun; sleep 1000")));
+        let piece = bench.wrote.recv().await.unwrap();
+        assert_eq!(
+            (piece.offset, piece.bytes.as_slice()),
+            (
+                0,
+                &b"begun
+"[..]
+            )
+        );
+        bench.runner.stop(seat());
+        assert_eq!(bench.ended().await.unwrap_err().kind, FailureKind::Cancelled);
+        assert!(bench.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_flood_is_cut() {
+        let mut bench = Bench::with_output_max(1000);
+        let finished = bench.shell("yes | head -c 1000000").await.unwrap();
+        let text = text_of(&finished, OUTPUT_NAME);
+        assert!(text.len() < 1100 && text.contains("[bonepile: cut here after 1000 bytes; 999000 more"), "{text}");
+    }
+}

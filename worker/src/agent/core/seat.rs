@@ -1,0 +1,112 @@
+//! A seat as the agent keeps it: how far it is and who does it. Only data.
+
+use std::collections::BTreeSet;
+
+use protocol::control::{Failure, SeatFinished, SeatProgress, StartSeat};
+use protocol::exec::{self, PacketFile};
+use protocol::experiment::ShardSpec;
+use protocol::time::UnixMillis;
+
+use super::io::ExecutorId;
+
+#[derive(Debug)]
+pub(super) struct Seat {
+    /// What the coordinator asked for; `None` for a seat found in the outbox at start, which only waits to be handed in, and
+    /// for one whose program runs.
+    pub(super) start: Option<StartSeat>,
+    pub(super) work: Work,
+    pub(super) phase: Phase,
+    pub(super) progress: SeatProgress,
+    pub(super) started_at: UnixMillis,
+    pub(super) packet_bytes: u64,
+    /// Packets on their way to other seats.
+    pub(super) sending: BTreeSet<String>,
+    /// Packets for this seat that came before its executor ran.
+    pub(super) arrived: Vec<PacketFile>,
+}
+
+impl Seat {
+    pub(super) fn new(start: Option<StartSeat>, phase: Phase, now: UnixMillis) -> Self {
+        let work = match start.as_ref().map(|start| &start.spec) {
+            Some(ShardSpec::Command(_)) => Work::Command,
+            Some(ShardSpec::NoOp(_)) => Work::Nothing,
+            Some(ShardSpec::Inspect(_) | ShardSpec::Transfer(_)) | None => Work::Executor,
+        };
+        Self {
+            start,
+            work,
+            phase,
+            progress: SeatProgress::default(),
+            started_at: now,
+            packet_bytes: 0,
+            sending: BTreeSet::new(),
+            arrived: Vec::new(),
+        }
+    }
+
+    pub(super) fn note(mut self, note: &str) -> Self {
+        note.clone_into(&mut self.progress.note);
+        self
+    }
+}
+
+/// Who does a seat's part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Work {
+    /// An executor, which may leave files and packets behind.
+    Executor,
+    /// A program, whose files are its runner's business until it is over.
+    Command,
+    /// Nobody: it is done at once.
+    Nothing,
+}
+
+#[derive(Debug)]
+pub(super) enum Phase {
+    /// Waits for its turn on the device.
+    Waiting,
+    /// Waits for its executor to be up.
+    Starting { executor: ExecutorId },
+    /// The executor works.
+    Running { executor: ExecutorId },
+    /// The researcher's program works.
+    Commanding,
+    /// The executor is done and works for others; packets are still on their way.
+    Sending { finished: exec::Finished, build: String },
+    /// The outputs go into the outbox.
+    Keeping,
+    /// Made no outputs; that it is done goes into the outbox.
+    KeepingRecord { finished: Box<SeatFinished> },
+    /// On disk here, on their way to the store.
+    Publishing,
+    /// In the store; the coordinator may not know yet.
+    Published { finished: Box<SeatFinished>, said_at: Option<UnixMillis> },
+    /// Failed; the coordinator may not know yet.
+    Failed { failure: Failure, said_at: Option<UnixMillis> },
+}
+
+impl Phase {
+    pub(super) fn executor(&self) -> Option<ExecutorId> {
+        match self {
+            Self::Starting { executor } | Self::Running { executor } => Some(*executor),
+            _ => None,
+        }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self, Self::Published { .. } | Self::Failed { .. })
+    }
+
+    /// When its outcome was said last on this connection.
+    pub(super) fn said_at(&self) -> Option<UnixMillis> {
+        match self {
+            Self::Published { said_at, .. } | Self::Failed { said_at, .. } => *said_at,
+            _ => None,
+        }
+    }
+
+    /// Kept as a record in the outbox's log rather than as a directory.
+    pub(super) fn is_record(&self) -> bool {
+        matches!(self, Self::Published { finished, .. } if finished.outputs.is_empty())
+    }
+}

@@ -62,6 +62,11 @@ pub mod route {
         format!("/v1/shards/{shard}/explain")
     }
 
+    /// `GET`: [`super::ShardLog`], what its program wrote from byte `offset` on.
+    pub fn log(shard: ShardId, offset: u64) -> String {
+        format!("/v1/shards/{shard}/log?offset={offset}")
+    }
+
     /// `POST`, no body: [`super::WorkerRow`]. The worker finishes what it has and gets nothing new.
     pub fn drain(worker: WorkerId) -> String {
         format!("{WORKERS}/{worker}/drain")
@@ -399,6 +404,32 @@ pub struct DeviceReason {
     pub verdict: Verdict,
     /// Why, in words.
     pub reason: String,
+}
+
+/// What a shard's program has written, in part.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardLog {
+    /// The shard.
+    #[serde(with = "text")]
+    pub shard: ShardId,
+    /// Where it stands.
+    pub state: ShardState,
+    /// The newest attempt, as in `r12.3#f40`; empty if there was none. Another one's output begins again at 0.
+    pub attempt: String,
+    /// Where `text` begins, bytes: later than asked for if the beginning is not at hand while the program runs.
+    pub offset: u64,
+    /// What it wrote from there on, at most a few MB; bytes that are no UTF-8 are replaced.
+    pub text: String,
+    /// What to ask for next.
+    pub next: u64,
+    /// Nothing more will come.
+    pub ended: bool,
+    /// How the newest attempt failed, if it did.
+    pub failure: Option<FailureRow>,
+    /// What a person should know: why there is no text.
+    pub note: String,
+    /// The whole output as an artifact, once it is one.
+    pub artifact: Option<OutputRow>,
 }
 
 /// A token to make.

@@ -267,7 +267,7 @@ impl TestBox {
     pub(crate) fn start(&mut self, arguments: &[&str]) {
         let log = fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let agent = Command::new(env!("CARGO_BIN_EXE_bonepile-worker"))
-            .args(["run", "--listen", "127.0.0.1:0", "--threads", "1"])
+            .args(["run", "--listen", "127.0.0.1:0", "--threads", "1", "--no-measure"])
             .arg("--state-dir")
             .arg(self.path("state"))
             .arg("--models")

@@ -63,6 +63,8 @@ pub enum Command {
     Watch(OneRun),
     /// Say why a shard is where it is
     Explain(OneShard),
+    /// Show what a shard's program wrote
+    Logs(Logs),
     /// Show what a run measured
     Results(OneRun),
     /// Write a run's report into the results store
@@ -186,6 +188,16 @@ pub struct SimulateArgs {
 pub struct OneWorker {
     /// Its id, as in w3
     pub worker: WorkerId,
+}
+
+/// `logs`.
+#[derive(Debug, Args)]
+pub struct Logs {
+    /// Its id, as in r12.3
+    pub shard: ShardId,
+    /// Go on until the shard is over
+    #[arg(long, short)]
+    pub follow: bool,
 }
 
 /// A command about one run.

@@ -10,6 +10,7 @@ pub mod exit;
 pub mod failure;
 pub mod fit;
 pub mod init;
+pub mod logs;
 pub mod models;
 pub mod operate;
 pub mod output;
@@ -81,6 +82,7 @@ async fn ask(context: &mut Context, command: Command) -> Outcome {
         Command::Runs(args) => research::runs(context, &args).await,
         Command::Watch(args) => watch::run(context, &args).await,
         Command::Explain(args) => research::explain(context, &args).await,
+        Command::Logs(args) => logs::run(context, &args).await,
         Command::Results(args) => results::results(context, &args).await,
         Command::Report(args) => results::report(context, &args).await,
         Command::Cancel(args) => research::cancel(context, &args).await,

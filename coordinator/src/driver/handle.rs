@@ -11,8 +11,8 @@ use protocol::time::UnixMillis;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::api::{
-    ApiError, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunResults, RunSummary, SubmitAnswer,
-    TokenRow, TokenState, WorkerRow,
+    ApiError, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunResults, RunSummary, ShardLog,
+    SubmitAnswer, TokenRow, TokenState, WorkerRow,
 };
 
 use crate::scheduler::Scheduler;
@@ -115,6 +115,11 @@ pub enum Command {
     Explain {
         shard: ShardId,
         reply: oneshot::Sender<Result<Explanation, ApiError>>,
+    },
+    Log {
+        shard: ShardId,
+        offset: u64,
+        reply: oneshot::Sender<Result<ShardLog, ApiError>>,
     },
     Cancel {
         run: RunId,
@@ -298,6 +303,12 @@ impl DriverHandle {
     /// Why a shard is where it is.
     pub async fn explain(&self, shard: ShardId) -> Result<Explanation, ApiError> {
         self.ask(|reply| Command::Explain { shard, reply }).await?
+    }
+
+    /// What a shard's program has written from byte `offset` on, while it runs; of one that is over, where its output lies:
+    /// the text is left for who reads the store.
+    pub async fn log(&self, shard: ShardId, offset: u64) -> Result<ShardLog, ApiError> {
+        self.ask(|reply| Command::Log { shard, offset, reply }).await?
     }
 
     /// Ends what is left of a run.

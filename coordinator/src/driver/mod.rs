@@ -6,11 +6,13 @@
 //! dropped, every session ends, and a new one is replayed once the disk takes writes again.
 //!
 //! Layout: `handle.rs` is what others hold; `turn.rs` maps commands to inputs; `view.rs` words the state for the API;
-//! `manifests.rs` writes manifests behind the loop's back.
+//! `tails.rs` keeps what running programs wrote last; `manifests.rs` writes manifests behind the loop's back.
 
 mod handle;
+mod log;
 mod manifests;
 mod outbox;
+mod tails;
 #[cfg(test)]
 mod tests;
 mod turn;
@@ -26,12 +28,14 @@ use tokio::time::{Instant, sleep_until};
 
 use self::manifests::Manifests;
 use self::outbox::Outboxes;
+use self::tails::Tails;
 use self::turn::Replies;
 use crate::api::{ApiError, ErrorCode};
 use crate::clock;
 use crate::journal::{JournalError, JournalThread};
 use crate::scheduler::{Effect, IllegalTransition, Input, Scheduler, Settings};
 
+pub(crate) use log::whole_characters;
 pub use handle::{COMMANDS_QUEUED_MAX, Command, DriverHandle, Gone, NewRun, TokenRecord, WeakDriverHandle};
 
 /// Commands in one turn, and so in one commit: enough that a sync of a slow disk is shared, few enough that the first of
@@ -86,6 +90,7 @@ pub async fn start(parts: DriverParts) -> Result<(DriverHandle, JoinHandle<()>),
         scheduler: Scheduler::new(),
         down: None,
         outboxes: Outboxes::default(),
+        tails: Tails::default(),
         replies: Replies::default(),
         stopping: None,
         manifests,
@@ -102,6 +107,7 @@ struct Driver {
     /// Set while the journal cannot be written.
     down: Option<JournalDown>,
     outboxes: Outboxes,
+    tails: Tails,
     replies: Replies,
     stopping: Option<oneshot::Sender<()>>,
     manifests: Manifests,
@@ -198,6 +204,7 @@ impl Driver {
         tracing::error!(error = %down.message, hint = down.hint, "the journal cannot be written: accepting nothing until it can");
         self.replies.refuse(&down);
         self.outboxes.close_all();
+        self.tails.clear();
         self.scheduler = Scheduler::new();
         self.down = Some(down);
     }

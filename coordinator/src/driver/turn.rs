@@ -233,6 +233,10 @@ impl Driver {
                 let explanation = self.view().explanation(shard);
                 self.replies.later(reply, explanation);
             }
+            Command::Log { shard, offset, reply } => {
+                let log = self.view().log(shard, offset);
+                self.replies.later(reply, log);
+            }
             Command::Workers { reply } => {
                 let workers = Ok(self.view().workers());
                 self.replies.later(reply, workers);
@@ -280,6 +284,7 @@ impl Driver {
             Results,
             Manifest,
             Explain,
+            Log,
             Cancel,
             Retry,
             Workers,
@@ -297,10 +302,22 @@ impl Driver {
     fn message(&mut self, worker: WorkerId, session: u64, message: ToCoordinator) {
         let input = match message {
             ToCoordinator::Heartbeat(heartbeat) => Input::Heartbeat { worker, session, heartbeat },
-            ToCoordinator::SeatFinished(finished) => Input::SeatFinished { worker, session, finished },
-            ToCoordinator::SeatFailed(failed) => Input::SeatFailed { worker, session, failed },
+            ToCoordinator::SeatFinished(finished) => {
+                self.tails.forget(finished.attempt, finished.role);
+                Input::SeatFinished { worker, session, finished }
+            }
+            ToCoordinator::SeatFailed(failed) => {
+                self.tails.forget(failed.attempt, failed.role);
+                Input::SeatFailed { worker, session, failed }
+            }
+            ToCoordinator::SeatWrote(wrote) => {
+                if self.view().sits(worker, wrote.attempt, wrote.role) {
+                    self.tails.take(&wrote);
+                }
+                return;
+            }
             // Net lets neither through on a session that began.
-            ToCoordinator::Hello(_) | ToCoordinator::Upload(_) | ToCoordinator::SeatWrote(_) => return,
+            ToCoordinator::Hello(_) | ToCoordinator::Upload(_) => return,
         };
         self.ask(input).expect("what a worker says is never refused, only ignored");
     }
@@ -310,7 +327,7 @@ impl Driver {
     }
 
     fn view(&self) -> view::View<'_> {
-        view::View { scheduler: &self.scheduler, manifests: self.manifests.status() }
+        view::View { scheduler: &self.scheduler, manifests: self.manifests.status(), tails: &self.tails }
     }
 
     fn welcome(&self) -> Welcome {

@@ -10,6 +10,7 @@ use protocol::store::{Manifest, SeatRecord};
 
 use super::DriverParts;
 use super::manifests::ManifestStatus;
+use super::tails::Tails;
 use crate::api::{
     ApiError, ClusterInfo, DeviceReason, DeviceRow, ErrorCode, Explanation, FailureRow, OutputRow, Progress, RunDetail,
     RunResults, RunSummary, SeatResult, SeatRow, ShardCounts, ShardResults, ShardRow, TokenRow, WorkerRow, WorkerSeat,
@@ -26,6 +27,7 @@ const WAITING_EXPLAINED_MAX: usize = 32;
 pub(super) struct View<'a> {
     pub(super) scheduler: &'a Scheduler,
     pub(super) manifests: ManifestStatus,
+    pub(super) tails: &'a Tails,
 }
 
 /// Runs and shards.
@@ -210,13 +212,7 @@ impl View<'_> {
                 note: notes.join("; "),
             },
         };
-        let failure = shard.last_failure().map(|(fence, failure, at_ms)| FailureRow {
-            attempt: AttemptId { shard: id, fence }.to_string(),
-            kind: failure.kind.to_string(),
-            message: failure.message.clone(),
-            hint: failure.hint.clone(),
-            at_ms,
-        });
+        let failure = failure_row(id, shard);
         let outputs =
             shard.committed_attempt().into_iter().flat_map(|attempt| attempt.seats.iter().flat_map(output_rows));
         ShardRow {
@@ -373,7 +369,18 @@ fn seat_result(seat: &Seat) -> Option<SeatResult> {
     })
 }
 
-fn output_rows(seat: &Seat) -> impl Iterator<Item = OutputRow> {
+/// The newest failure of a shard.
+pub(super) fn failure_row(id: ShardId, shard: &Shard) -> Option<FailureRow> {
+    shard.last_failure().map(|(fence, failure, at_ms)| FailureRow {
+        attempt: AttemptId { shard: id, fence }.to_string(),
+        kind: failure.kind.to_string(),
+        message: failure.message.clone(),
+        hint: failure.hint.clone(),
+        at_ms,
+    })
+}
+
+pub(super) fn output_rows(seat: &Seat) -> impl Iterator<Item = OutputRow> {
     seat.outcome.iter().flat_map(|outcome| &outcome.outputs).map(|output| OutputRow {
         role: seat.role,
         name: output.name.clone(),

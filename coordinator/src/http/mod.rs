@@ -3,9 +3,10 @@
 //! Who may open the socket may do everything: its file mode is the access control. Does not decide: the driver does; reads
 //! only results from the store.
 //!
-//! Layout: `routes.rs` has a handler a route, `planning.rs` those about what would be, `results.rs` reads
-//! results from the store.
+//! Layout: `routes.rs` has a handler a route, `planning.rs` those about what would be, `results.rs` reads results from the
+//! store, `logs.rs` what programs wrote.
 
+mod logs;
 mod planning;
 mod results;
 mod routes;

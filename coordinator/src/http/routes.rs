@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::http::Uri;
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -17,9 +17,9 @@ use protocol::limits::TOKEN_TTL_MS;
 use protocol::sweep::Sweep;
 use serde::de::DeserializeOwned;
 
-use super::{BODY_BYTES_MAX, Failed, HttpParts, planning, results};
+use super::{BODY_BYTES_MAX, Failed, HttpParts, logs, planning, results};
 use crate::api::{
-    ApiError, CancelRequest, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunResults, RunSummary,
+    ApiError, CancelRequest, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunResults, RunSummary, ShardLog,
     SubmitAnswer, SubmitRequest, TokenCreated, TokenRequest, TokenRow, WorkerRow,
 };
 use crate::driver::NewRun;
@@ -40,6 +40,7 @@ pub(super) fn router(parts: Arc<HttpParts>) -> Router {
         .route("/v1/plan", post(planning::plan_route))
         .route("/v1/throughput", get(planning::throughput))
         .route("/v1/devices/{worker}/{device}/release", post(planning::release))
+        .route("/v1/shards/{shard}/log", get(log))
         .route("/v1/workers", get(workers))
         .route("/v1/workers/{worker}/drain", post(drain))
         .route("/v1/workers/{worker}/undrain", post(undrain))
@@ -104,6 +105,18 @@ async fn retry(State(parts): Parts, Path(id): Path<String>) -> Answer<RetryAnswe
 
 async fn explain(State(parts): Parts, Path(id): Path<String>) -> Answer<Explanation> {
     Ok(Json(parts.driver.explain(parse(&id)?).await?))
+}
+
+async fn log(State(parts): Parts, Path(id): Path<String>, RawQuery(query): RawQuery) -> Answer<ShardLog> {
+    let offset = match query.as_deref() {
+        None | Some("") => Some(0),
+        Some(query) => query.strip_prefix("offset=").and_then(|text| text.parse().ok()),
+    };
+    let offset =
+        offset.ok_or_else(|| ApiError::new(ErrorCode::BadRequest, "the only question is offset=BYTES".to_owned()))?;
+    let mut answer = parts.driver.log(parse(&id)?, offset).await?;
+    logs::fill(&mut answer, &parts.store, &parts.store_threads).await?;
+    Ok(Json(answer))
 }
 
 async fn workers(State(parts): Parts) -> Answer<Vec<WorkerRow>> {

@@ -82,6 +82,9 @@ struct RunArgs {
     /// Executor for processors; those for GPUs lie beside it [default: bonepile-executor beside this program].
     #[arg(long, value_name = "PATH")]
     executor: Option<PathBuf>,
+    /// Do not measure the devices at start, which takes about a second each.
+    #[arg(long, env = "BONEPILE_WORKER_NO_MEASURE", value_parser = clap::builder::BoolishValueParser::new())]
+    no_measure: bool,
     /// UDP address to dial from and to be found at by other workers [default: any port].
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
@@ -208,6 +211,7 @@ fn inventory_config(args: &RunArgs) -> InventoryConfig {
         budgets: args.memory.clone(),
         threads: args.threads,
         executor: args.executor.clone().unwrap_or_else(default_program),
+        measure: !args.no_measure,
     }
 }
 

@@ -176,8 +176,12 @@ fn devices(config: &InventoryConfig) -> Vec<Finding> {
         Err(error) => Finding::ok("driver", format!("no NVIDIA driver ({error}); the processor computes")),
     };
     let found = inventory::take(config).devices.into_iter().map(|device| {
+        let measured = device.speed.map_or(String::new(), |speed| {
+            let (products, bytes) = (speed.f32_mflops as f64 / 1e3, gigabytes(speed.memory_bytes_per_second));
+            format!(", {products:.0} GFLOP/s in f32, {bytes:.0} GB/s of memory")
+        });
         let text = format!(
-            "{}: {}, {:.1} of {:.1} GB lent, {} threads",
+            "{}: {}, {:.1} of {:.1} GB lent, {} threads{measured}",
             device.id,
             device.model,
             gigabytes(device.memory_budget_bytes),

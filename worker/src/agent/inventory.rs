@@ -4,10 +4,11 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::str::FromStr;
 use std::time::Duration;
 
-use protocol::hardware::{ComputeCapability, Device, DeviceKind, Telemetry};
+use protocol::hardware::{ComputeCapability, Device, DeviceKind, Speed, Telemetry};
 use protocol::ids::DeviceId;
 use protocol::limits::GPU_RESERVE_BYTES;
 use protocol::size::ByteSize;
@@ -15,7 +16,7 @@ use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, Sys
 use tokio::sync::watch;
 
 use super::nvml::{GpuFacts, Gpus};
-use super::question::answer;
+use super::question::{self, answer};
 use super::supervisor::{ExecutorBuild, Pids, cuda_program};
 use crate::support::BuildSupport;
 
@@ -24,8 +25,9 @@ pub const CPU: &str = "cpu";
 /// Share of a box's memory that is lent unless the operator says otherwise, percent: the rest is the operator's.
 const CPU_SHARE_PERCENT: u64 = 75;
 
-/// How long an executor may take to say what it supports: loading CUDA's libraries from a slow disk takes seconds.
-const SUPPORT: Duration = Duration::from_secs(20);
+/// How long an executor may take to say what it supports, or to measure for a second: loading CUDA's libraries from a slow
+/// disk takes seconds.
+const ANSWER: Duration = Duration::from_secs(20);
 
 /// What the operator lends: `4GB` of the processor's memory, or `GPU-…=6GB`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,6 +59,8 @@ pub struct InventoryConfig {
     pub threads: Option<u32>,
     /// The executor for processors; those for GPUs lie beside it.
     pub executor: PathBuf,
+    /// Measure what each device does, about a second each.
+    pub measure: bool,
 }
 
 /// What was found.
@@ -80,13 +84,16 @@ pub fn take(config: &InventoryConfig) -> Inventory {
     let mut inventory = Inventory { devices: Vec::new(), builds: BTreeMap::new() };
     let threads = config.threads.unwrap_or_else(all_threads).max(1);
     let devices = std::iter::once(processor(config, threads)).chain(gpus.iter().map(|gpu| graphics_card(config, gpu)));
-    for (device, program) in devices {
+    for (mut device, program) in devices {
         if device.unusable.is_none() {
             let environment = match device.kind {
                 DeviceKind::Cpu => Vec::new(),
                 DeviceKind::Cuda => vec![("CUDA_VISIBLE_DEVICES".to_owned(), device.id.0.clone())],
             };
             let build = ExecutorBuild { program, threads: device.threads, environment };
+            if config.measure {
+                device.speed = speed(&device.id, &build);
+            }
             inventory.builds.insert(device.id.clone(), build);
         }
         inventory.devices.push(device);
@@ -177,8 +184,21 @@ fn refusal(program: &Path, card: ComputeCapability) -> Option<String> {
 
 /// What an executor says it can compute on.
 fn support(program: &Path) -> Result<BuildSupport, String> {
-    let said = answer(program, ["support", "--json"], SUPPORT)?;
+    let said = answer(program, ["support", "--json"], ANSWER)?;
     serde_json::from_slice(&said).map_err(|error| error.to_string())
+}
+
+/// What an executor measures; a device whose executor cannot is lent all the same.
+fn speed(device: &DeviceId, build: &ExecutorBuild) -> Option<Speed> {
+    let mut command = Command::new(&build.program);
+    let environment = build.environment.iter().map(|(name, value)| (name, value));
+    command.envs(environment).args(["--threads", &build.threads.to_string(), "measure", "--json"]);
+    let measured = question::run(&mut command, ANSWER)
+        .and_then(|said| serde_json::from_slice(&said).map_err(|error| error.to_string()));
+    if let Err(why) = &measured {
+        tracing::warn!(%device, "the device was not measured: {why}");
+    }
+    measured.ok()
 }
 
 /// Total and free memory of the box, or of the control group that this process is confined to.
@@ -263,7 +283,7 @@ mod tests {
 
     fn config(executor: &Path, budgets: &[&str]) -> InventoryConfig {
         let budgets = budgets.iter().map(|text| text.parse().unwrap()).collect();
-        InventoryConfig { budgets, threads: Some(3), executor: executor.to_owned() }
+        InventoryConfig { budgets, threads: Some(3), executor: executor.to_owned(), measure: false }
     }
 
     fn gpu(capability: Option<(u16, u16)>) -> GpuFacts {

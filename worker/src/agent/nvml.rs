@@ -133,9 +133,9 @@ impl Gpus {
 
 /// The group of a process, which has the number of the process that heads it.
 fn group_of(pid: u32) -> Option<u32> {
-    let pid = rustix::process::Pid::from_raw(pid.try_into().ok()?)?;
-    let group = rustix::process::getpgid(Some(pid)).ok()?;
-    Some(group.as_raw_nonzero().get().unsigned_abs())
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name before it, in parentheses, may hold anything; then come state, parent and group.
+    stat.rsplit_once(") ")?.1.split(' ').nth(2)?.parse().ok()
 }
 
 #[cfg(test)]

@@ -20,7 +20,15 @@ pub(super) fn answer(
     limit: Duration,
 ) -> Result<Vec<u8>, String> {
     let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    run(command.args(arguments), limit)
+}
+
+/// The same for a command with an environment of its own.
+///
+/// # Errors
+/// As [`answer`].
+pub(super) fn run(command: &mut Command, limit: Duration) -> Result<Vec<u8>, String> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|error| error.to_string())?;
     // What it says fits into the pipes, so that it need not be read before it ends.
     let asked = Instant::now();

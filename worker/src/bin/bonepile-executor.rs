@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use worker::executor::{failure::chain, serve};
 use worker::support::BuildSupport;
 use worker::tool::ModelCommand;
+use worker::tool::measure::measure;
 
 /// Computes shards for an agent. Started by `bonepile-worker`; without a subcommand not meant for a terminal.
 #[derive(Debug, Parser)]
@@ -24,6 +25,12 @@ enum Command {
     /// One model by hand, without a cluster.
     #[command(subcommand)]
     Model(Box<ModelCommand>),
+    /// What this build's device does with f32 products and with its memory; takes about a second.
+    Measure {
+        /// One JSON document.
+        #[arg(long)]
+        json: bool,
+    },
     /// What this build can compute on: devices, and what their kernels were compiled for.
     Support {
         /// One JSON document.
@@ -39,7 +46,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
     match cli.command {
         Some(Command::Model(command)) => return command.run_to_exit(),
-        Some(Command::Support { json }) => return say(&BuildSupport::this(), json),
+        Some(Command::Support { json }) => return say(&BuildSupport::this(), &BuildSupport::this().to_string(), json),
+        Some(Command::Measure { json }) => return measured(cli.threads, json),
         None => {}
     }
     match serve(cli.threads, std::io::stdin(), std::io::stdout()) {
@@ -62,9 +70,23 @@ fn leave_the_cores_to_the_team() {
     }
 }
 
+fn measured(threads: Option<usize>, json: bool) -> ExitCode {
+    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |threads| threads.get()));
+    match measure(threads) {
+        Ok(speed) => {
+            let (products, bytes) = (speed.f32_mflops as f64 / 1e3, speed.memory_bytes_per_second as f64 / 1e9);
+            say(&speed, &format!("{products:.1} GFLOP/s in f32, {bytes:.1} GB/s of memory"), json)
+        }
+        Err(error) => {
+            tracing::error!(error = chain(&error), "could not measure");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Prints on stdout; a reader that goes away is no failure of ours, but what it wanted did not arrive.
-fn say(support: &BuildSupport, json: bool) -> ExitCode {
-    let text = if json { serde_json::to_string(support).expect("plain data") } else { support.to_string() };
+fn say(data: &impl serde::Serialize, text: &str, json: bool) -> ExitCode {
+    let text = if json { serde_json::to_string(data).expect("plain data") } else { text.to_owned() };
     match writeln!(std::io::stdout(), "{text}") {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,

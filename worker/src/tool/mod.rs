@@ -9,6 +9,7 @@
 
 pub mod args;
 pub mod bench;
+pub mod measure;
 pub mod run;
 pub mod show;
 

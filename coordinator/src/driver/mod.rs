@@ -35,8 +35,8 @@ use crate::clock;
 use crate::journal::{JournalError, JournalThread};
 use crate::scheduler::{Effect, IllegalTransition, Input, Scheduler, Settings};
 
-pub(crate) use log::whole_characters;
 pub use handle::{COMMANDS_QUEUED_MAX, Command, DriverHandle, Gone, NewRun, TokenRecord, WeakDriverHandle};
+pub(crate) use log::whole_characters;
 
 /// Commands in one turn, and so in one commit: enough that a sync of a slow disk is shared, few enough that the first of
 /// them does not wait long.

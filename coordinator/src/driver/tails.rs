@@ -117,7 +117,10 @@ mod tests {
         let piece = vec![b'x'; OUTPUT_PIECE_BYTES_MAX];
         (0..100u64).for_each(|index| tails.take(&wrote(1, index * piece.len() as u64, &piece)));
         let (begin, bytes) = tails.from(attempt(1), 0);
-        assert_eq!((begin, bytes.len()), (100 * piece.len() as u64 - OUTPUT_TAIL_BYTES_MAX as u64, OUTPUT_TAIL_BYTES_MAX));
+        assert_eq!(
+            (begin, bytes.len()),
+            (100 * piece.len() as u64 - OUTPUT_TAIL_BYTES_MAX as u64, OUTPUT_TAIL_BYTES_MAX)
+        );
         (2..2000).for_each(|fence| tails.take(&wrote(fence, 0, b"x")));
         assert_eq!(tails.all.len(), TAILS_MAX);
         tails.take(&wrote(3000, 0, &vec![0; OUTPUT_PIECE_BYTES_MAX + 1]));

@@ -19,8 +19,8 @@ use serde::de::DeserializeOwned;
 
 use super::{BODY_BYTES_MAX, Failed, HttpParts, logs, planning, results};
 use crate::api::{
-    ApiError, CancelRequest, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunResults, RunSummary, ShardLog,
-    SubmitAnswer, SubmitRequest, TokenCreated, TokenRequest, TokenRow, WorkerRow,
+    ApiError, CancelRequest, ClusterInfo, ErrorCode, Explanation, RetryAnswer, RunDetail, RunResults, RunSummary,
+    ShardLog, SubmitAnswer, SubmitRequest, TokenCreated, TokenRequest, TokenRow, WorkerRow,
 };
 use crate::driver::NewRun;
 

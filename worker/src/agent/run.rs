@@ -418,7 +418,7 @@ impl Loop {
                 },
                 Effect::Tell { executor, message } => self.supervisor.tell(executor, message),
                 Effect::Kill { executor } => self.supervisor.kill(executor),
-                Effect::RunCommand { start } => self.runner.run(start),
+                Effect::RunCommand { start, behind } => self.runner.run(start, behind),
                 Effect::StopCommand { seat } => self.runner.stop(seat),
                 Effect::KeepRecord { finished } => self.records.keep(finished),
                 Effect::ForgetRecord { seat } => self.records.forget(seat),

@@ -16,7 +16,7 @@ use protocol::ids::DeviceId;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::child::{self, Running};
 use super::collect::collect;
@@ -65,9 +65,26 @@ impl RunnerParts {
 pub struct Runner {
     thread: Handle,
     shared: Arc<Shared>,
-    stops: BTreeMap<SeatId, oneshot::Sender<()>>,
+    seats: BTreeMap<SeatId, Signals>,
     /// Dropped with the runner: the thread ends.
     _end: oneshot::Sender<()>,
+}
+
+/// To and from a seat's program.
+#[derive(Debug)]
+struct Signals {
+    stop: Option<oneshot::Sender<()>>,
+    /// Closed when its program has ended.
+    over: watch::Receiver<()>,
+}
+
+/// What a seat's program listens to, and what it says.
+struct Cues {
+    stop: oneshot::Receiver<()>,
+    /// Closed when the program before has ended.
+    before: Option<watch::Receiver<()>>,
+    /// Dropped when this one has ended.
+    over: watch::Sender<()>,
 }
 
 #[derive(Debug)]
@@ -91,25 +108,29 @@ impl Runner {
             runtime.shutdown_background();
         })?;
         let shared = Arc::new(Shared { parts, kills: Mutex::new(None) });
-        Ok(Self { thread, shared, stops: BTreeMap::new(), _end: end })
+        Ok(Self { thread, shared, seats: BTreeMap::new(), _end: end })
     }
 
-    /// Runs a seat's program; whatever comes of it comes as [`Input::CommandEnded`].
-    pub fn run(&mut self, start: Box<StartSeat>) {
+    /// Runs a seat's program, at once or when that of the seat `behind` which it stands has ended; whatever comes of it
+    /// comes as [`Input::CommandEnded`].
+    pub fn run(&mut self, start: Box<StartSeat>, behind: Option<SeatId>) {
         let seat = SeatId { attempt: start.attempt, role: start.role };
         let (stop, stopped) = oneshot::channel();
-        self.stops.insert(seat, stop);
+        let (ends, over) = watch::channel(());
+        let before = behind.and_then(|before| Some(self.seats.get(&before)?.over.clone()));
+        self.seats.insert(seat, Signals { stop: Some(stop), over });
         let shared = Arc::clone(&self.shared);
+        let cues = Cues { stop: stopped, before, over: ends };
         self.thread.spawn(async move {
-            let ended = shared.carry_out(seat, &start, stopped).await;
+            let (wall_ms, ended) = shared.carry_out(seat, &start, cues).await;
             // The loop that listens ends only with the process.
-            let _ = shared.parts.inputs.send(Input::CommandEnded { seat, ended }).await;
+            let _ = shared.parts.inputs.send(Input::CommandEnded { seat, wall_ms, ended }).await;
         });
     }
 
     /// Stops a seat's program.
     pub fn stop(&mut self, seat: SeatId) {
-        if let Some(stop) = self.stops.remove(&seat) {
+        if let Some(stop) = self.seats.get_mut(&seat).and_then(|signals| signals.stop.take()) {
             // One that has ended meanwhile need not be told.
             let _ = stop.send(());
         }
@@ -117,7 +138,7 @@ impl Runner {
 
     /// Forgets a seat whose end was heard of.
     pub fn forget(&mut self, seat: SeatId) {
-        self.stops.remove(&seat);
+        self.seats.remove(&seat);
     }
 }
 
@@ -128,16 +149,20 @@ struct Made {
 }
 
 impl Shared {
-    async fn carry_out(
-        &self,
-        seat: SeatId,
-        start: &StartSeat,
-        stop: oneshot::Receiver<()>,
-    ) -> Result<Finished, Failure> {
+    /// Waits for its turn, then runs the program: how long it ran, milliseconds, and what came of it.
+    async fn carry_out(&self, seat: SeatId, start: &StartSeat, mut cues: Cues) -> (u64, Result<Finished, Failure>) {
+        if let Some(mut before) = cues.before.take() {
+            tokio::select! {
+                // Nothing is ever sent.
+                _ = before.changed() => {}
+                _ = &mut cues.stop => return (0, Err(Failure::new(FailureKind::Cancelled, "the program did not start"))),
+            }
+        }
+        let begun = Instant::now();
         let directory = self.parts.work.join(seat.directory_name());
         let made = match &start.spec {
             ShardSpec::Command(spec) => match prepare(&directory, &spec.files) {
-                Ok(()) => self.run(seat, start, spec, &directory, stop).await,
+                Ok(()) => self.run(seat, start, spec, &directory, cues).await,
                 Err(failure) => Err(failure),
             },
             other => Err(Failure::new(FailureKind::Internal, format!("{} is not a program", other.kind()))),
@@ -145,9 +170,12 @@ impl Shared {
         if !matches!(&made, Ok(made) if !made.outputs.is_empty()) {
             remove(&directory).await;
         }
-        let Made { outputs, memory_peak_bytes } = made?;
-        let outputs = outputs.into_iter().map(|(name, path)| (name, path.to_string_lossy().into_owned())).collect();
-        Ok(Finished { attempt: seat.attempt, outputs, memory_peak_bytes, models: Vec::new() })
+        let ended = made.map(|Made { outputs, memory_peak_bytes }| {
+            let text = |path: PathBuf| path.to_string_lossy().into_owned();
+            let outputs = outputs.into_iter().map(|(name, path)| (name, text(path))).collect();
+            Finished { attempt: seat.attempt, outputs, memory_peak_bytes, models: Vec::new() }
+        });
+        (u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX), ended)
     }
 
     async fn run(
@@ -156,7 +184,7 @@ impl Shared {
         start: &StartSeat,
         spec: &CommandSpec,
         directory: &Path,
-        stop: oneshot::Receiver<()>,
+        cues: Cues,
     ) -> Result<Made, Failure> {
         let kind = self.parts.devices.get(&start.device).copied().unwrap_or(DeviceKind::Cpu);
         let environment = child::environment(start, spec, kind);
@@ -167,9 +195,11 @@ impl Shared {
             .map_err(|error| cannot_start(name, &error.to_string()))?;
         let watched = Watched::new(self, &start.device, running.pid());
         let mut output = Output::new(seat, directory, self.parts.output_bytes_max);
-        let ended_by = self.watch(&running, pipe, &mut output, spec.timeout_ms, stop).await;
+        let ended_by = self.watch(&running, pipe, &mut output, spec.timeout_ms, cues.stop).await;
         let card_bytes = watched.over();
         let ended = running.bury().map_err(|error| internal(&error))?;
+        // The device is free: the next one need not wait until this one's files are picked up.
+        drop(cues.over);
         let ended_by = ended_by.map_err(|error| local_disk("could not keep what the program wrote", &error))?;
         if let Some(piece) = output.last_piece() {
             self.tell(piece);
@@ -426,7 +456,7 @@ mod tests {
         }
 
         async fn run(&mut self, spec: CommandSpec) -> Result<Finished, Failure> {
-            self.runner.run(start(CPU, spec));
+            self.runner.run(start(CPU, spec), None);
             self.ended().await
         }
 
@@ -542,7 +572,7 @@ gone
         }
         assert!(!text.contains("CARGO"), "{text}");
         std::fs::remove_dir_all(bench.directory.path().join(seat().directory_name())).unwrap();
-        bench.runner.run(start("GPU-1", spec));
+        bench.runner.run(start("GPU-1", spec), None);
         let text = text_of(&bench.ended().await.unwrap(), OUTPUT_NAME);
         assert!(
             text.contains(
@@ -615,7 +645,7 @@ MemoryError",
     #[tokio::test]
     async fn a_stopped_program_is_over_and_what_it_wrote_was_told() {
         let mut bench = Bench::new();
-        bench.runner.run(start(CPU, shell("echo begun; sleep 1000")));
+        bench.runner.run(start(CPU, shell("echo begun; sleep 1000")), None);
         let piece = bench.wrote.recv().await.unwrap();
         assert_eq!(
             (piece.offset, piece.bytes.as_slice()),
@@ -628,6 +658,42 @@ MemoryError",
         bench.runner.stop(seat());
         assert_eq!(bench.ended().await.unwrap_err().kind, FailureKind::Cancelled);
         assert!(bench.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_program_behind_another_starts_when_that_has_ended() {
+        let mut bench = Bench::new();
+        let order = bench.directory.path().with_extension("order");
+        let mut next = start(CPU, shell(&format!("echo 2 >>{}", order.display())));
+        next.attempt.fence = Fence(4);
+        bench.runner.run(start(CPU, shell(&format!("sleep 0.2; echo 1 >>{}; exit 1", order.display()))), None);
+        bench.runner.run(next, Some(seat()));
+        assert_eq!(bench.ended().await.unwrap_err().kind, FailureKind::CommandFailed);
+        bench.ended().await.unwrap();
+        assert_eq!(std::fs::read_to_string(&order).unwrap(), "1\n2\n");
+        std::fs::remove_file(order).unwrap();
+    }
+
+    #[tokio::test]
+    async fn whoever_is_stopped_in_line_does_not_let_the_next_one_go_early() {
+        let mut bench = Bench::new();
+        let order = bench.directory.path().with_extension("line");
+        let in_line = |fence, text: &str| {
+            let mut order = start(CPU, shell(text));
+            order.attempt.fence = Fence(fence);
+            order
+        };
+        bench.runner.run(in_line(3, &format!("sleep 0.3; echo 1 >>{}", order.display())), None);
+        bench.runner.run(in_line(4, "exit 1"), Some(seat()));
+        let mut second = seat();
+        second.attempt.fence = Fence(4);
+        bench.runner.stop(second);
+        assert_eq!(bench.ended().await.unwrap_err().kind, FailureKind::Cancelled);
+        bench.runner.run(in_line(5, &format!("echo 2 >>{}", order.display())), Some(seat()));
+        bench.ended().await.unwrap();
+        bench.ended().await.unwrap();
+        assert_eq!(std::fs::read_to_string(&order).unwrap(), "1\n2\n");
+        std::fs::remove_file(order).unwrap();
     }
 
     #[tokio::test]

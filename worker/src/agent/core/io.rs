@@ -80,6 +80,8 @@ pub enum Input {
     CommandEnded {
         /// Which.
         seat: SeatId,
+        /// How long it ran, milliseconds.
+        wall_ms: u64,
         /// What it made, or how it failed.
         ended: Result<exec::Finished, Failure>,
     },
@@ -188,10 +190,12 @@ pub enum Effect {
         /// Which.
         executor: ExecutorId,
     },
-    /// Run a researcher's program in the seat's directory; answered by `CommandEnded`, whatever comes.
+    /// Run a researcher's program in the seat's directory, at once or behind another; answered by `CommandEnded`, whatever comes.
     RunCommand {
         /// What the coordinator asked for, of kind `command`.
         start: Box<StartSeat>,
+        /// Not before the program of this seat has ended.
+        behind: Option<SeatId>,
     },
     /// Stop a program: politely, then not; answered by its `CommandEnded`.
     StopCommand {

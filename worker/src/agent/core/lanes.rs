@@ -3,6 +3,8 @@
 //!
 //! A seat holds its lane until whatever works for it has let go of the device, which may be after the seat itself is gone.
 //! Seats of one attempt share a lane: they wait for each other's packets, so neither could wait for the other's end.
+//!
+//! A program may be on deck: handed to its runner while the program before it runs, so that it starts without a question.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -29,6 +31,7 @@ pub(super) struct Lanes {
 #[derive(Debug, Default)]
 struct Lane {
     holding: BTreeSet<SeatId>,
+    on_deck: Option<SeatId>,
     waiting: BTreeSet<(Fence, SeatId)>,
 }
 
@@ -51,12 +54,31 @@ impl Lanes {
         Some(seat)
     }
 
+    /// Who would be on deck, and behind whom: the first that waits, if one seat holds the lane and nobody is on deck yet.
+    pub(super) fn may_be_on_deck(&self, lane: &LaneId) -> Option<(SeatId, SeatId)> {
+        let lane = self.all.get(lane).filter(|lane| lane.on_deck.is_none() && lane.holding.len() == 1)?;
+        let (_, seat) = lane.waiting.first()?;
+        Some((*seat, *lane.holding.first()?))
+    }
+
+    /// A seat that waits is on deck from now on: the lane is its when the one before leaves.
+    pub(super) fn put_on_deck(&mut self, seat: SeatId) {
+        if let Some(lane) = self.of.get(&seat).and_then(|lane| self.all.get_mut(lane)) {
+            lane.waiting.remove(&(seat.attempt.fence, seat));
+            lane.on_deck = Some(seat);
+        }
+    }
+
     /// A seat holds or waits no longer: the lane in which others may go on now.
     pub(super) fn leave(&mut self, seat: SeatId) -> Option<LaneId> {
         let id = self.of.remove(&seat)?;
         let lane = self.all.get_mut(&id)?;
         lane.holding.remove(&seat);
         lane.waiting.remove(&(seat.attempt.fence, seat));
+        lane.on_deck.take_if(|on_deck| *on_deck == seat);
+        if lane.holding.is_empty() {
+            lane.holding.extend(lane.on_deck.take());
+        }
         if lane.holding.is_empty() && lane.waiting.is_empty() {
             self.all.remove(&id);
             return None;
@@ -64,10 +86,14 @@ impl Lanes {
         Some(id)
     }
 
-    /// For whom a waiting seat waits.
+    /// For whom a seat waits; `None` if it does not.
     pub(super) fn before(&self, seat: SeatId) -> Option<SeatId> {
         let lane = self.all.get(self.of.get(&seat)?)?;
+        if lane.holding.contains(&seat) {
+            return None;
+        }
         let ahead = lane.waiting.range(..(seat.attempt.fence, seat)).next_back().map(|(_, ahead)| *ahead);
-        ahead.or_else(|| lane.holding.first().copied())
+        let on_deck = lane.on_deck.filter(|on_deck| *on_deck != seat);
+        ahead.or(on_deck).or_else(|| lane.holding.first().copied())
     }
 }

@@ -132,7 +132,7 @@ impl Agent {
             let mut progress = SeatProgress::default();
             match seat.phase {
                 Phase::Waiting if held.len() >= NOTES_MAX => {}
-                Phase::Waiting => progress.note = self.waiting_note(*id),
+                Phase::Waiting | Phase::Commanding => progress.note = self.lane_note(*id),
                 _ => progress = seat.progress.clone(),
             }
             held.push(HeldSeat { attempt: id.attempt, role: id.role, progress });
@@ -140,10 +140,10 @@ impl Agent {
         held
     }
 
-    fn waiting_note(&self, id: SeatId) -> String {
+    fn lane_note(&self, id: SeatId) -> String {
         match self.lanes.before(id) {
             Some(before) => format!("waits for {} on its device", before.attempt),
-            None => "waits for its device".to_owned(),
+            None => "runs".to_owned(),
         }
     }
 
@@ -187,7 +187,7 @@ impl Agent {
             }
             Input::Executor { executor, message } => self.on_executor(now, executor, message),
             Input::ExecutorExited { executor, detail } => self.on_exit(now, executor, &detail),
-            Input::CommandEnded { seat, ended } => self.on_command_ended(now, seat, ended),
+            Input::CommandEnded { seat, wall_ms, ended } => self.on_command_ended(now, seat, wall_ms, ended),
             Input::CouldNotStart { seat, failure } => {
                 // Its executor was told nothing, so there is nothing to stop.
                 let executor = self.seats.get(&seat).and_then(|seat| seat.phase.executor());

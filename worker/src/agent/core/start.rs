@@ -53,7 +53,25 @@ impl Agent {
             while let Some(id) = self.lanes.next(&lane) {
                 self.begin(now, id, &lane.device);
             }
+            self.fill_deck(&lane);
         }
+    }
+
+    /// Hands a program to its runner while the program before it runs.
+    fn fill_deck(&mut self, lane: &LaneId) {
+        let Some((id, before)) = self.lanes.may_be_on_deck(lane) else { return };
+        let is_program = |id: &SeatId| self.seats.get(id).is_some_and(|seat| seat.work == Work::Command);
+        if is_program(&id) && is_program(&before) {
+            self.lanes.put_on_deck(id);
+            self.run_command(id, Some(before));
+        }
+    }
+
+    fn run_command(&mut self, id: SeatId, behind: Option<SeatId>) {
+        let Some(seat) = self.seats.get_mut(&id) else { return };
+        seat.phase = Phase::Commanding;
+        let start = seat.start.take().expect("a seat that has not begun has what it was asked for");
+        self.effects.push_back(Effect::RunCommand { start: Box::new(start), behind });
     }
 
     /// A seat has its device.
@@ -68,12 +86,7 @@ impl Agent {
                 self.leave_lane(id);
                 self.keep_if_sent(now, id);
             }
-            Work::Command => {
-                seat.phase = Phase::Commanding;
-                "runs".clone_into(&mut seat.progress.note);
-                let start = seat.start.take().expect("a seat that has not begun has what it was asked for");
-                self.effects.push_back(Effect::RunCommand { start: Box::new(start) });
-            }
+            Work::Command => self.run_command(id, None),
             Work::Executor => {
                 let (executor, launch, ready) = self.executors.take(device, id);
                 seat.phase = Phase::Starting { executor };
@@ -93,10 +106,17 @@ impl Agent {
         self.moved.extend(self.lanes.leave(id));
     }
 
-    pub(super) fn on_command_ended(&mut self, now: UnixMillis, id: SeatId, ended: Result<exec::Finished, Failure>) {
+    pub(super) fn on_command_ended(
+        &mut self,
+        now: UnixMillis,
+        id: SeatId,
+        wall_ms: u64,
+        ended: Result<exec::Finished, Failure>,
+    ) {
         self.leave_lane(id);
         match (self.seats.get_mut(&id), ended) {
             (Some(seat), Ok(finished)) => {
+                seat.started_at = UnixMillis(now.0.saturating_sub(wall_ms));
                 seat.phase = Phase::Sending { finished, build: protocol::BUILD.to_owned() };
                 self.keep_if_sent(now, id);
             }

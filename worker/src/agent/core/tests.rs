@@ -69,11 +69,11 @@ fn command(lane: u32, fence: u64) -> Input {
 fn command_ended(fence: u64, outputs: &[&str]) -> Input {
     let outputs = outputs.iter().map(|name| ((*name).to_owned(), (*name).to_owned())).collect();
     let ended = exec::Finished { attempt: attempt(fence), outputs, memory_peak_bytes: 7, models: vec![] };
-    Input::CommandEnded { seat: seat(fence, Role::Main), ended: Ok(ended) }
+    Input::CommandEnded { seat: seat(fence, Role::Main), wall_ms: 5, ended: Ok(ended) }
 }
 
 fn command_failed(fence: u64, kind: FailureKind) -> Input {
-    Input::CommandEnded { seat: seat(fence, Role::Main), ended: Err(Failure::new(kind, "so")) }
+    Input::CommandEnded { seat: seat(fence, Role::Main), wall_ms: 5, ended: Err(Failure::new(kind, "so")) }
 }
 
 fn records_kept(fences: &[u64]) -> Input {
@@ -167,7 +167,10 @@ fn brief(effect: &Effect) -> String {
         }
         Effect::Tell { message, .. } => format!("tell {message:?}"),
         Effect::Kill { executor } => format!("kill {executor}"),
-        Effect::RunCommand { start } => format!("command {}", start.attempt.fence),
+        Effect::RunCommand { start, behind: None } => format!("command {}", start.attempt.fence),
+        Effect::RunCommand { start, behind: Some(before) } => {
+            format!("command {} behind {}", start.attempt.fence, before.attempt.fence)
+        }
         Effect::StopCommand { seat } => format!("stop {seat}"),
         Effect::KeepRecord { finished } => format!("record {}", finished.attempt.fence),
         Effect::ForgetRecord { seat } => format!("forget {seat}"),
@@ -388,14 +391,17 @@ fn a_full_store_is_a_note_and_nothing_else() {
 fn seats_of_a_lane_run_one_after_another_and_lanes_side_by_side() {
     let mut bench = Bench::connected();
     assert_eq!(bench.after(command(0, 1)), ["command f1"]);
+    assert_eq!(bench.after(command(0, 2)), ["command f2 behind f1"], "its runner need not ask");
+    assert_eq!(bench.after(command(0, 5)), [""; 0]);
     assert_eq!(bench.after(command(0, 3)), [""; 0]);
-    assert_eq!(bench.after(command(0, 2)), [""; 0]);
     assert_eq!(bench.after(command(1, 4)), ["command f4"]);
     let notes: Vec<_> = bench.0.held().into_iter().map(|held| held.progress.note).collect();
-    assert_eq!(notes, ["runs", "waits for r1.0#f1 on its device", "waits for r1.0#f2 on its device", "runs"]);
-    assert_eq!(bench.after(command_ended(1, &[])), ["record f1", "command f2"], "in the order of their fences");
+    let waits = |fence: u64| format!("waits for r1.0#f{fence} on its device");
+    assert_eq!(notes, ["runs".to_owned(), waits(1), waits(2), "runs".to_owned(), waits(3)]);
+    let effects = bench.after(command_ended(1, &[]));
+    assert_eq!(effects, ["record f1", "command f3 behind f2"], "in the order of their fences");
     let effects = bench.after(command_failed(2, FailureKind::CommandFailed));
-    assert_eq!(effects, ["say failed f2 command failed", "command f3"], "a failure holds nobody up");
+    assert_eq!(effects, ["say failed f2 command failed", "command f5 behind f3"], "a failure holds nobody up");
 }
 
 #[test]
@@ -404,11 +410,17 @@ fn a_cancelled_seat_that_waits_is_only_removed() {
     bench.after(command(0, 1));
     bench.after(command(0, 2));
     bench.after(command(0, 3));
-    assert_eq!(bench.after(cancel(2)), [""; 0]);
-    assert_eq!(bench.0.held().len(), 2);
+    bench.after(command(0, 4));
+    assert_eq!(bench.after(cancel(3)), [""; 0]);
+    assert_eq!(bench.0.held().len(), 3);
+    assert_eq!(bench.after(cancel(2)), ["stop r1.0#f2 main"], "it was on deck");
+    assert_eq!(bench.after(command_failed(2, FailureKind::Cancelled)), ["command f4 behind f1"]);
     assert_eq!(bench.after(cancel(1)), ["stop r1.0#f1 main"]);
     assert_eq!(bench.0.held().len(), 1, "its lease is not renewed");
-    assert_eq!(bench.after(command_failed(1, FailureKind::Cancelled)), ["command f3"], "not before the device is free");
+    let waiting = bench.0.held()[0].progress.note.clone();
+    assert_eq!(waiting, "waits for r1.0#f1 on its device", "not before the device is free");
+    assert_eq!(bench.after(command_failed(1, FailureKind::Cancelled)), [""; 0]);
+    assert_eq!(bench.0.held()[0].progress.note, "runs");
 }
 
 #[test]
@@ -459,7 +471,7 @@ fn a_lane_of_no_ops_behind_a_command_goes_through_in_one_step() {
 fn commands_with_files_go_through_the_outbox_and_others_are_records() {
     let mut bench = Bench::connected();
     bench.after(command(0, 1));
-    assert_eq!(bench.after(command_ended(1, &["output.log"])), ["keep r1.0#f1 main 0 ms"]);
+    assert_eq!(bench.after(command_ended(1, &["output.log"])), ["keep r1.0#f1 main 5 ms"]);
     assert_eq!(bench.after(Input::Kept { seat: seat(1, Role::Main) }), ["publish r1.0#f1 main"]);
     let published = Input::Published { seat: seat(1, Role::Main), finished: published(1, Role::Main) };
     assert_eq!(bench.after(published), ["say finished f1"]);

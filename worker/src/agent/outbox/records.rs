@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 use protocol::control::{Failure, FailureKind, SeatFinished, SeatSettled, ToCoordinator, ToWorker};
 use protocol::frame::{HEADER_BYTES, Header, Messages};
@@ -25,6 +26,8 @@ const NAME: &str = "records.log";
 const CHECKSUM_BYTES: usize = 8;
 /// Entries that share a sync at most: a slow disk is asked once for all that wait, and none of them waits for long.
 const BATCH_MAX: usize = 4096;
+/// Time between two syncs where there is always something to sync: a seat alone is synced at once, hundreds share a sync.
+const SYNC_EVERY: Duration = Duration::from_millis(5);
 /// The log is written anew when it is this long and less than half of it is open, bytes.
 const REWRITE_BYTES: u64 = 4 << 20;
 
@@ -74,7 +77,11 @@ impl Records {
 
 /// The thread: group commit.
 fn write(mut log: Log, waiting: &Receiver<Job>, inputs: &mpsc::Sender<Input>) {
+    let mut synced: Option<Instant> = None;
     while let Ok(first) = waiting.recv() {
+        if let Some(early) = synced.and_then(|synced| SYNC_EVERY.checked_sub(synced.elapsed())) {
+            std::thread::sleep(early);
+        }
         let jobs = std::iter::once(first).chain(waiting.try_iter()).take(BATCH_MAX);
         let mut kept = Vec::new();
         let mut entries = Vec::new();
@@ -88,6 +95,9 @@ fn write(mut log: Log, waiting: &Receiver<Job>, inputs: &mpsc::Sender<Input>) {
             }
         }
         let written = log.append(entries);
+        if !kept.is_empty() {
+            synced = Some(Instant::now());
+        }
         // The loop that listens ends only with the process.
         let told = match written {
             Ok(()) if kept.is_empty() => Ok(()),

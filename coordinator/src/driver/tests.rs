@@ -3,11 +3,11 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use protocol::control::{Heartbeat, SeatSettled};
+use protocol::control::{Heartbeat, SeatSettled, SeatWrote};
 use protocol::control::{HeldSeat, Hello, SeatFinished, StartSeat, ToCoordinator, ToWorker, Usage, refusal};
 use protocol::experiment::{InspectSpec, LayerSelection, ShardSpec};
 use protocol::hardware::{Device, DeviceKind, Telemetry};
-use protocol::ids::{DeviceId, RunId, WorkerId};
+use protocol::ids::{DeviceId, RunId, ShardId, WorkerId};
 use protocol::store::Store;
 use protocol::store::threads::StoreThreads;
 use protocol::time::UnixMillis;
@@ -316,4 +316,36 @@ async fn only_the_right_key_of_a_worker_in_good_standing_is_admitted() {
     assert!(revoked);
     bench.driver.stop().await;
     assert_eq!(bench.driver.admissible(worker, KEY).await, Err(protocol::control::close::RESTARTING));
+}
+
+#[tokio::test]
+async fn what_a_program_writes_is_at_hand_while_it_runs_and_an_artifact_later() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let (outbox, mut sent) = mpsc::channel(64);
+    bench.driver.connected(worker, 1, hello(vec![]), observed(), KEY, outbox).await.unwrap();
+    bench.driver.message(worker, 1, heartbeat()).await.unwrap();
+    bench.submit().await;
+    let start = next_start(&mut sent).await;
+    let shard = start.attempt.shard;
+    assert_eq!(bench.driver.log(shard, 0).await.unwrap().note, "nothing written yet");
+    let wrote = |attempt, offset, bytes: &[u8]| SeatWrote { attempt, role: start.role, offset, bytes: bytes.to_vec() };
+    bench.driver.message(worker, 1, wrote(start.attempt, 0, b"step 1\n").into()).await.unwrap();
+    let mut other = start.attempt;
+    other.fence.0 += 1;
+    bench.driver.message(worker, 1, wrote(other, 7, b"of an attempt that is none").into()).await.unwrap();
+    let log = bench.driver.log(shard, 0).await.unwrap();
+    assert_eq!((log.text.as_str(), log.next, log.ended), ("step 1\n", 7, false));
+    assert_eq!(log.attempt, start.attempt.to_string());
+    assert_eq!(bench.driver.log(shard, 7).await.unwrap().text, "");
+
+    let (hash, bytes) = bench.store.publish_bytes(b"step 1\ndone\n").unwrap();
+    let output = protocol::control::Output { name: "output.log".to_owned(), hash, bytes };
+    let ToCoordinator::SeatFinished(mut done) = finished(&start, &bench.store) else { unreachable!() };
+    done.outputs.push(output);
+    bench.driver.message(worker, 1, done.into()).await.unwrap();
+    next_settled(&mut sent).await;
+    let log = bench.driver.log(shard, 7).await.unwrap();
+    assert_eq!((log.state, log.ended, log.artifact.unwrap().hash), (ShardState::Committed, true, hash));
+    assert_eq!(bench.driver.log(ShardId { index: 9, ..shard }, 0).await.unwrap_err().code, ErrorCode::NotFound);
 }

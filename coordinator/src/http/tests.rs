@@ -55,6 +55,12 @@ async fn runs_are_submitted_shown_explained_and_cancelled() {
     let (_, explained) = ask(&config, "GET", "/v1/shards/r1.0/explain", "").await;
     let sentence = explained["sentence"].as_str().unwrap();
     assert!(sentence.contains("needs 1.6 GB on a device with gemma-3-270m"), "{sentence}");
+    let (_, log) = ask(&config, "GET", "/v1/shards/r1.0/log?offset=0", "").await;
+    assert_eq!((&log["note"], &log["ended"], &log["text"]), (&json!("waits to be placed"), &json!(false), &json!("")));
+    for (route, refused) in [("r1.0/log?offset=-1", 400), ("r1.0/log?from=1", 400), ("r1.7/log", 404)] {
+        let (status, _) = ask(&config, "GET", &format!("/v1/shards/{route}"), "").await;
+        assert_eq!(status, refused, "{route}");
+    }
     let (_, results) = ask(&config, "GET", "/v1/runs/r1/results", "").await;
     assert_eq!(results["shards"], json!([]));
     let (status, _) = ask(&config, "POST", "/v1/runs/r1/cancel", "{\"reason\":\"a test\"}").await;

@@ -60,9 +60,10 @@ impl Pids {
     /// A process works on a device.
     pub fn enter(&self, device: &DeviceId, pid: u32) {
         let mut known = self.known();
-        match known.by_device.get_mut(device) {
-            Some(pids) => drop(pids.insert(pid)),
-            None => drop(known.by_device.insert(device.clone(), [pid].into())),
+        if let Some(pids) = known.by_device.get_mut(device) {
+            pids.insert(pid);
+        } else {
+            known.by_device.insert(device.clone(), [pid].into());
         }
     }
 

@@ -15,8 +15,9 @@ const EACH: Duration = Duration::from_millis(400);
 /// Sides of the matrices: large enough to be bound by arithmetic, small enough that a slow processor does several.
 const PROCESSOR_SIDE: usize = 512;
 const CARD_SIDE: usize = 4096;
-/// Memory read by each thread: more than its share of any cache.
-const PROCESSOR_BYTES: usize = 64 << 20;
+/// Memory read by each thread, more than its share of any cache, and by all of them at most.
+const THREAD_BYTES_MAX: usize = 64 << 20;
+const PROCESSOR_BYTES_MAX: usize = 1 << 30;
 /// Memory touched on a card: more than any cache, less than any card.
 const CARD_BYTES: usize = 256 << 20;
 
@@ -38,9 +39,10 @@ fn processor(threads: usize) -> candle_core::Result<Speed> {
         let (a, b) = (Tensor::rand(-1f32, 1.0, side, &Device::Cpu)?, Tensor::rand(-1f32, 1.0, side, &Device::Cpu)?);
         per_second(product_operations(PROCESSOR_SIDE), || a.matmul(&b).map(drop))
     })?;
+    let each = THREAD_BYTES_MAX.min(PROCESSOR_BYTES_MAX / threads.max(1));
     let bytes = on_threads(threads, || {
-        let words = vec![1u64; PROCESSOR_BYTES / size_of::<u64>()];
-        per_second(PROCESSOR_BYTES as f64, || {
+        let words = vec![1u64; each / size_of::<u64>()];
+        per_second(each as f64, || {
             black_box(words.iter().fold(0u64, |sum, word| sum.wrapping_add(*word)));
             Ok(())
         })

@@ -435,7 +435,7 @@ impl Agent {
             self.effects.push_back(Effect::ForgetRecord { seat: id });
         }
         match (seat.work, &seat.phase) {
-            (Work::Nothing, Phase::Waiting) | (Work::Command, Phase::Waiting) => self.leave_lane(id),
+            (Work::Nothing | Work::Command, Phase::Waiting) => self.leave_lane(id),
             (Work::Nothing, _) => {}
             (Work::Command, Phase::Commanding) => self.effects.push_back(Effect::StopCommand { seat: id }),
             (Work::Command, Phase::Publishing | Phase::Published { .. }) if !seat.phase.is_record() => {

@@ -155,7 +155,9 @@ impl Bench {
             let outbox = fs::read_dir(state.join("outbox"))
                 .unwrap()
                 .filter(|entry| entry.as_ref().is_ok_and(|entry| entry.file_name() != "records.log"));
-            log == 0 && outbox.count() == 0 && fs::read_dir(state.join("work")).unwrap().count() == 0
+            // Places in which programs work stay, empty.
+            let mut work = fs::read_dir(state.join("work")).unwrap().map(|entry| entry.unwrap().path());
+            log == 0 && outbox.count() == 0 && work.all(|place| fs::read_dir(place).unwrap().next().is_none())
         })
         .await;
     }

@@ -58,15 +58,11 @@ impl View<'_> {
 
 /// `bytes` as text without a character that is cut at their end, and how many of them that is.
 pub(crate) fn whole_characters(bytes: &[u8]) -> (String, usize) {
-    // A character has four bytes at most, so a cut one begins among the last three.
-    let cut = (1..=bytes.len().min(3)).find(|back| bytes[bytes.len() - back] >= 0xc0).filter(|back| {
-        let needed = match bytes[bytes.len() - back] {
-            0xf0.. => 4,
-            0xe0.. => 3,
-            _ => 2,
-        };
-        *back < needed
-    });
+    let cut_short = |tail: &[u8]| {
+        std::str::from_utf8(tail).is_err_and(|error| error.valid_up_to() == 0 && error.error_len().is_none())
+    };
+    // A character has four bytes at most, so one that is cut begins among the last three.
+    let cut = (1..=bytes.len().min(3)).find(|back| cut_short(&bytes[bytes.len() - back..]));
     let used = bytes.len() - cut.unwrap_or(0);
     (String::from_utf8_lossy(&bytes[..used]).into_owned(), used)
 }

@@ -8,12 +8,13 @@
 //! says, and what it may want to know of its place (`BONEPILE_…`, `CUDA_VISIBLE_DEVICES`, `OMP_NUM_THREADS`). It is the
 //! head of a process group of its own, which ends with it, and with the agent.
 //!
-//! Layout: [`runner`] holds it together; [`child`] starts and buries one process; [`output`] takes what it writes;
+//! Layout: [`runner`] holds it together; [`child`] starts and buries one process; [`places`] are where it works; [`output`] takes what it writes;
 //! [`collect`] finds the files it made; [`verdict`] says how it failed; [`warden`] ends programs when the agent was killed.
 
 pub mod child;
 pub mod collect;
 pub mod output;
+pub mod places;
 pub mod runner;
 pub mod verdict;
 pub mod warden;

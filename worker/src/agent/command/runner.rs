@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, PipeReader};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::child::{self, Running};
 use super::collect::collect;
 use super::output::{OUTPUT_BYTES_MAX, OUTPUT_NAME, Output};
+use super::places::Places;
 use super::verdict::{self, EndedBy};
 use super::warden::{Slot, Warden};
 use crate::agent::core::{Input, STOP_GRACE_MS, SeatId};
@@ -90,6 +91,7 @@ struct Cues {
 #[derive(Debug)]
 struct Shared {
     parts: RunnerParts,
+    places: Places,
     /// The kernel's kills as last asked for, and when.
     kills: Mutex<Option<(Instant, Option<u64>)>>,
 }
@@ -107,7 +109,8 @@ impl Runner {
             let _ = runtime.block_on(ends);
             runtime.shutdown_background();
         })?;
-        let shared = Arc::new(Shared { parts, kills: Mutex::new(None) });
+        let places = Places::new(parts.work.clone());
+        let shared = Arc::new(Shared { parts, places, kills: Mutex::new(None) });
         Ok(Self { thread, shared, seats: BTreeMap::new(), _end: end })
     }
 
@@ -159,23 +162,39 @@ impl Shared {
             }
         }
         let begun = Instant::now();
-        let directory = self.parts.work.join(seat.directory_name());
+        let ended = match self.places.take() {
+            Ok(place) => self.run_at(place, seat, start, cues).await,
+            Err(error) => Err(local_disk("could not make the program's directory", &error)),
+        };
+        (u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX), ended)
+    }
+
+    /// Runs the program in `place`, which becomes the seat's directory if it made anything.
+    async fn run_at(&self, place: PathBuf, seat: SeatId, start: &StartSeat, cues: Cues) -> Result<Finished, Failure> {
         let made = match &start.spec {
-            ShardSpec::Command(spec) => match prepare(&directory, &spec.files) {
-                Ok(()) => self.run(seat, start, spec, &directory, cues).await,
+            ShardSpec::Command(spec) => match prepare(&place, &spec.files) {
+                Ok(()) => self.run(seat, start, spec, &place, cues).await,
                 Err(failure) => Err(failure),
             },
             other => Err(Failure::new(FailureKind::Internal, format!("{} is not a program", other.kind()))),
         };
+        let directory = self.parts.work.join(seat.directory_name());
+        let made = match made {
+            Ok(made) if !made.outputs.is_empty() => std::fs::rename(&place, &directory)
+                .map(|()| made)
+                .map_err(|error| local_disk("could not name the program's directory", &error)),
+            made => made,
+        };
         if !matches!(&made, Ok(made) if !made.outputs.is_empty()) {
-            remove(&directory).await;
+            self.places.give_back(place.clone()).await;
         }
-        let ended = made.map(|Made { outputs, memory_peak_bytes }| {
-            let text = |path: PathBuf| path.to_string_lossy().into_owned();
-            let outputs = outputs.into_iter().map(|(name, path)| (name, text(path))).collect();
-            Finished { attempt: seat.attempt, outputs, memory_peak_bytes, models: Vec::new() }
-        });
-        (u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX), ended)
+        let Made { outputs, memory_peak_bytes } = made?;
+        let moved = |path: PathBuf| match path.strip_prefix(&place) {
+            Ok(rest) => directory.join(rest),
+            Err(_) => path,
+        };
+        let outputs = outputs.into_iter().map(|(name, path)| (name, moved(path).to_string_lossy().into_owned()));
+        Ok(Finished { attempt: seat.attempt, outputs: outputs.collect(), memory_peak_bytes, models: Vec::new() })
     }
 
     async fn run(
@@ -350,10 +369,9 @@ async fn sleep_until(wake: Option<Instant>) {
     }
 }
 
-/// Makes the seat's directory and puts the sweep's files there. A text that begins with `#!` may be run.
+/// Puts the sweep's files into the program's directory. A text that begins with `#!` may be run.
 fn prepare(directory: &Path, files: &[(String, String)]) -> Result<(), Failure> {
-    let disk = |error| local_disk("could not make the program's directory", &error);
-    std::fs::DirBuilder::new().mode(0o700).create(directory).map_err(disk)?;
+    let disk = |error| local_disk("could not write the sweep's files", &error);
     for (name, text) in files {
         let relative = Path::new(name);
         if name.is_empty() || !relative.components().all(|part| matches!(part, Component::Normal(_))) {
@@ -382,21 +400,6 @@ async fn pick_up(directory: &Path, patterns: &[String], output: Output) -> Resul
         outputs.extend(found.map_err(|error| Failure::new(FailureKind::CommandFailed, chain(&error)))?);
     }
     Ok(outputs)
-}
-
-/// Removes a seat's directory; most are empty.
-async fn remove(directory: &Path) {
-    if std::fs::remove_dir(directory).is_ok() {
-        return;
-    }
-    let path = directory.to_owned();
-    let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(&path)).await;
-    match removed {
-        Ok(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(path = %directory.display(), "could not remove a program's directory: {error}");
-        }
-        _ => {}
-    }
 }
 
 fn cannot_start(name: &str, why: &str) -> Failure {
@@ -466,7 +469,9 @@ mod tests {
 
         /// Nothing of the seat is left.
         fn is_empty(&self) -> bool {
-            std::fs::read_dir(self.directory.path()).unwrap().next().is_none()
+            std::fs::read_dir(self.directory.path())
+                .unwrap()
+                .all(|place| std::fs::read_dir(place.unwrap().path()).unwrap().next().is_none())
         }
     }
 

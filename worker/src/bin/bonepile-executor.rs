@@ -71,7 +71,7 @@ fn leave_the_cores_to_the_team() {
 }
 
 fn measured(threads: Option<usize>, json: bool) -> ExitCode {
-    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |threads| threads.get()));
+    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
     match measure(threads) {
         Ok(speed) => {
             let (products, bytes) = (speed.f32_mflops as f64 / 1e3, speed.memory_bytes_per_second as f64 / 1e9);

@@ -99,15 +99,14 @@ fn write(mut log: Log, waiting: &Receiver<Job>, inputs: &mpsc::Sender<Input>) {
             synced = Some(Instant::now());
         }
         // The loop that listens ends only with the process.
-        let told = match written {
-            Ok(()) if kept.is_empty() => Ok(()),
-            Ok(()) => inputs.blocking_send(Input::RecordsKept { seats: kept }),
-            Err(error) => kept.into_iter().try_for_each(|seat| {
+        let someone_listens = match written {
+            Ok(()) => kept.is_empty() || inputs.blocking_send(Input::RecordsKept { seats: kept }).is_ok(),
+            Err(error) => kept.into_iter().all(|seat| {
                 let failure = Failure::new(FailureKind::LocalDisk, chain(&error));
-                inputs.blocking_send(Input::NotKept { seat, failure })
+                inputs.blocking_send(Input::NotKept { seat, failure }).is_ok()
             }),
         };
-        if told.is_err() {
+        if !someone_listens {
             return;
         }
     }

@@ -4,6 +4,9 @@
 //! of a length drawn log-uniformly from 0.1 to 3 hours on a P100, 20 seeds, three mixes of K80, P100 and V100. Ratios are
 //! makespan (and mean completion) of first-idle over the policy, mean over seeds; above 1 is better than first-idle.
 
+
+#![expect(clippy::print_stdout, reason = "a benchmark speaks on stdout")]
+
 use coordinator::forecast::replay::{Job, Kind, Knowledge, Noise, Outcome, Scenario, Throughputs};
 use coordinator::scheduler::Policy;
 
@@ -85,7 +88,7 @@ fn scenario(throughputs: &Throughputs, mix: [u32; 3], seed: u64) -> Scenario {
     let mut draw = Noise(seed.wrapping_mul(7919).wrapping_add(1));
     let classes: Vec<&String> = throughputs.keys().collect();
     let jobs = (0..JOBS).map(|_| {
-        let class = classes[usize::try_from(draw.next() % classes.len() as u64).unwrap_or(0)].clone();
+        let class = classes[usize::try_from(draw.whole() % classes.len() as u64).unwrap_or(0)].clone();
         let hours = (0.1f64.ln() + draw.unit() * (3.0f64.ln() - 0.1f64.ln())).exp();
         job(class, hours * 3600.0, GB, GB)
     });

@@ -5,8 +5,8 @@ const ROUNDS: u32 = 4_000;
 
 /// A lower bound for the makespan of jobs on unequal devices, milliseconds.
 ///
-/// Jobs may be cut at will in the relaxation: min T with sum over k of x[j][k] = 1 and sum over j of t[j][k] x[j][k] <= n[k] T.
-/// By duality every price vector l >= 0 with sum of n[k] l[k] = 1 gives the bound sum over j of min over k of l[k] t[j][k]; the
+/// Jobs may be cut at will in the relaxation: `min T` with `sum over k of x[j][k] = 1`, `sum over j of t[j][k] x[j][k] <= n[k] T`.
+/// By duality every price vector `l >= 0` with `sum of n[k] l[k] = 1` gives the bound `sum over j of min over k of l[k] t[j][k]`; the
 /// best found by exponentiated gradient steps is returned, and no job is shorter than its time on its fastest model.
 /// `times[j][k]`: time of job j on device model k, infinite where it cannot run. `devices[k]`: how many there are.
 pub fn makespan_ms(times: &[Vec<f64>], devices: &[u32]) -> f64 {

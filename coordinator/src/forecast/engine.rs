@@ -35,6 +35,9 @@ pub struct Span {
     pub failure: Option<FailureKind>,
 }
 
+/// Tells for a seat and the model of its device what it does.
+type Known<'a> = Box<dyn FnMut(&StartSeat, &str) -> Truth + 'a>;
+
 /// A forecast in progress.
 pub struct Engine<'a> {
     /// The scheduler, ahead of its time.
@@ -45,7 +48,7 @@ pub struct Engine<'a> {
     pub spans: Vec<Span>,
     /// Seats whose device had less memory than they took together.
     pub overcommits: u32,
-    truth: Box<dyn FnMut(&StartSeat, &str) -> Truth + 'a>,
+    truth: Known<'a>,
     lanes: BTreeMap<(WorkerId, DeviceId, u32), VecDeque<Seat>>,
     ends: BTreeSet<(UnixMillis, AttemptId, Role)>,
     running: BTreeMap<(AttemptId, Role), Running>,
@@ -116,7 +119,7 @@ impl<'a> Engine<'a> {
             match effect {
                 Effect::Send { worker, message: ToWorker::StartSeat(start), .. } => self.told(worker, start),
                 Effect::Send { worker, message: ToWorker::CancelSeat(cancel), .. } => {
-                    self.drop_attempt(worker, cancel.attempt)
+                    self.drop_attempt(worker, cancel.attempt);
                 }
                 _ => {}
             }

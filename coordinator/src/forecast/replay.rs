@@ -309,7 +309,7 @@ pub struct Noise(pub u64);
 
 impl Noise {
     /// A whole number.
-    pub fn next(&mut self) -> u64 {
+    pub fn whole(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -319,7 +319,7 @@ impl Noise {
 
     /// Evenly from 0 to 1.
     pub fn unit(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        (self.whole() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// From a normal distribution with mean 0 and standard deviation 1.

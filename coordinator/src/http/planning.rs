@@ -3,6 +3,7 @@
 use axum::Json;
 use axum::extract::{Path, State};
 use protocol::catalogue;
+use protocol::experiment::ShardSpec;
 use protocol::hardware::{Device, DeviceKind, Speed};
 use protocol::ids::{DeviceId, DeviceRef};
 use protocol::sweep::Sweep;
@@ -99,8 +100,7 @@ fn extra(scheduler: &Scheduler, wanted: &str) -> Result<Vec<Extra>, ApiError> {
 }
 
 fn worded(plan: Plan, as_is: Option<u64>, run: Option<&NewRun>) -> PlanAnswer {
-    let summary =
-        |index: usize| run.and_then(|run| run.specs.get(index)).map(|spec| spec.summary()).unwrap_or_default();
+    let summary = |index: usize| run.and_then(|run| run.specs.get(index)).map(ShardSpec::summary).unwrap_or_default();
     let shards = plan.shards.into_iter().enumerate().map(|(index, shard)| {
         let chosen = shard.reasons.iter().find(|rated| matches!(rated.reason, Reason::Chosen { .. }));
         let others = shard.reasons.iter().filter(|rated| !matches!(rated.reason, Reason::Chosen { .. })).take(3);

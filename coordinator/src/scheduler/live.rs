@@ -114,7 +114,7 @@ impl Live {
             | Event::WorkerRevoked { worker } => self.board.touch(*worker),
             Event::KernelFoundMissing { .. } | Event::ThroughputTaught { .. } => self.board.touch_all(),
             Event::DeviceQuarantined { device, .. } | Event::DeviceReleased { device } => {
-                self.board.touch(device.worker)
+                self.board.touch(device.worker);
             }
             Event::RunAccepted(accepted) => self.enqueue_ready(state, accepted.run, |_| true),
             Event::AttemptPlaced(placed) => self.attempt_placed(placed, state, now),

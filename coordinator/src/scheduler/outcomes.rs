@@ -12,7 +12,7 @@ use protocol::limits::clean_text;
 use super::event::{Event, SeatCompleted};
 use super::input::Effect;
 use super::machine::Scheduler;
-use super::state::{Attempt, AttemptState};
+use super::state::{Attempt, AttemptState, Shard};
 use super::status::{RunState, ShardState};
 
 /// Retries of a shard that do not count as tries, before they do: two workers that never reach each other must not keep a
@@ -189,7 +189,7 @@ impl Scheduler {
 
     /// Seats of the shard's other open attempts, with their workers.
     fn open_beside(&self, id: AttemptId) -> Vec<(AttemptId, WorkerId)> {
-        let others = self.state.shard(id.shard).into_iter().flat_map(|shard| shard.open_attempts());
+        let others = self.state.shard(id.shard).into_iter().flat_map(Shard::open_attempts);
         others
             .filter(|other| other.fence != id.fence)
             .flat_map(|other| {

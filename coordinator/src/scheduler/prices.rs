@@ -1,8 +1,8 @@
 //! What an hour of each device model is worth while much work waits: the prices under which every class goes where it is cheap
 //! and every device stays busy.
 //!
-//! The dual of min T, sum over classes of t[c][k] x[c][k] <= T n[k]: any prices l[k] >= 0 with sum of n[k] l[k] = 1 bound the
-//! makespan from below by the sum over work of min over k of l[k] t[c][k], and the best prices say which class belongs on
+//! The dual of `min T, sum over c of t[c][k] x[c][k] <= T n[k]`: any prices `l[k] >= 0` with `sum of n[k] l[k] = 1` bound the
+//! makespan from below by the sum over work of `min over k of l[k] t[c][k]`, and the best prices say which class belongs on
 //! which model. Found by raising the price of what is asked for too much, in whole numbers. Used where shards are too many to
 //! be planned one by one: classes and device models are compared, never shards or devices.
 

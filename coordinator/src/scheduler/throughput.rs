@@ -173,8 +173,8 @@ impl Table {
         }
         let level = |model: &str| Octaves::of(prior(model).unit_us);
         let (mean, weight) = match self.cells.get(class) {
-            Some(row) => self.from_elsewhere(class, row, model, level),
-            None => self.from_others(class, model, level),
+            Some(row) => self.ran_elsewhere(class, row, model, level),
+            None => self.never_ran(class, model, level),
         };
         match weight {
             0 => Estimate {
@@ -195,7 +195,7 @@ impl Table {
     }
 
     /// The class ran on other device models: each tells its level, times the ratio of the two models for similar classes.
-    fn from_elsewhere(
+    fn ran_elsewhere(
         &self,
         class: &str,
         row: &BTreeMap<String, Cell>,
@@ -213,7 +213,7 @@ impl Table {
     }
 
     /// The class never ran: how much the prior is off for similar classes on this model, or on any.
-    fn from_others(&self, class: &str, model: &str, level: impl Fn(&str) -> Octaves) -> (Octaves, i64) {
+    fn never_ran(&self, class: &str, model: &str, level: impl Fn(&str) -> Octaves) -> (Octaves, i64) {
         let (mut sum, mut weights) = (0i64, 0i64);
         for (other, row) in &self.cells {
             let likeness = likeness(class, other);

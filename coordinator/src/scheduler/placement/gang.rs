@@ -51,7 +51,7 @@ impl Round<'_> {
             .live
             .board
             .rows()
-            .filter(|(id, row)| !self.held.contains_key(id) && !(avoiding && request.avoids(&row.device)))
+            .filter(|(id, row)| !(self.held.contains_key(id) || avoiding && request.avoids(&row.device)))
             .map(|(id, _)| id)
             .collect();
         if request.spread == Spread::Any

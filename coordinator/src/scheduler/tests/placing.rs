@@ -219,9 +219,9 @@ fn shares(heap: &mut Heap, rounds: usize) -> (usize, usize) {
     for _ in 0..rounds {
         let (attempt, _, _) = heap.scheduler.state().open_attempts().next().unwrap();
         if attempt.shard.run == alice {
-            got.0 += 1
+            got.0 += 1;
         } else {
-            got.1 += 1
+            got.1 += 1;
         }
         heap.finish(attempt, 10_000);
     }

@@ -4,7 +4,6 @@
 //! of a length drawn log-uniformly from 0.1 to 3 hours on a P100, 20 seeds, three mixes of K80, P100 and V100. Ratios are
 //! makespan (and mean completion) of first-idle over the policy, mean over seeds; above 1 is better than first-idle.
 
-
 #![expect(clippy::print_stdout, reason = "a benchmark speaks on stdout")]
 
 use coordinator::forecast::replay::{Job, Kind, Knowledge, Noise, Outcome, Scenario, Throughputs};

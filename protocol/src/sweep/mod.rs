@@ -268,7 +268,7 @@ spread = "workers"
         let swap = |from: &str, to: &str| complaint(&GOOD.replace(from, to));
         assert_eq!(
             swap("spread =", "spraed ="),
-            "s.toml:15:1: key \"experiment.spraed\": unknown key; expected one of matrix, kind, model, facts, \
+            "s.toml:15:1: key \"experiment.spraed\": unknown key; expected one of name, after, require, matrix, kind, model, facts, \
              facts_per_shard, conditions, answer_tokens, spread | did you mean `spread`?"
         );
         assert_eq!(
@@ -293,7 +293,7 @@ spread = "workers"
         );
         assert_eq!(
             swap("kind = \"transfer\"", "kind = \"transfr\""),
-            "s.toml:12:8: key \"experiment.kind\": unknown kind `transfr`; expected one of inspect, transfer | \
+            "s.toml:12:8: key \"experiment.kind\": unknown kind `transfr`; expected one of inspect, transfer, command, no-op | \
              did you mean `transfer`?"
         );
         assert_eq!(
@@ -322,5 +322,58 @@ spread = "workers"
         assert!(complaint(&with("[\"shifted+0\"]")).contains("not a gap in tokens"));
         assert!(complaint(&with("[\"naiv\"]")).contains("unknown condition `naiv`"));
         assert!(complaint(&with("[\"text\", \"text\"]")).contains("stands there twice"));
+    }
+
+    const CHAIN: &str = r#"
+name = "chain"
+account = "alice"
+running_max = 2
+[[experiment]]
+name = "collect"
+kind = "command"
+argv = ["python3", "train.py", "--lr={lr}"]
+memory = "6GB"
+collect = ["out/*.json"]
+[experiment.files]
+"train.py" = "print(1)"
+[experiment.matrix]
+lr = [0.1, 0.01]
+[[experiment]]
+after = ["collect"]
+kind = "no-op"
+shards = 3
+[experiment.require]
+labels = ["site=attic"]
+capability = "7.0"
+dtype = "bf16"
+device = "cuda"
+price_max_usd_per_hour = 0.5
+"#;
+
+    #[test]
+    fn programs_take_parameters_and_experiments_wait_for_each_other() {
+        let sweep = Sweep::parse("s.toml", CHAIN).unwrap();
+        assert_eq!((sweep.shards.len(), sweep.account.as_str(), sweep.running_max), (5, "alice", 2));
+        let ShardSpec::Command(spec) = &sweep.shards[1] else { panic!("a command") };
+        assert_eq!(spec.argv[2], "--lr=0.01");
+        assert_eq!(spec.env, [("BONEPILE_PARAM_LR".to_owned(), "0.01".to_owned())]);
+        assert_eq!((spec.memory_bytes, spec.class.as_str(), spec.work), (6_000_000_000, "python3", 1));
+        let second = &sweep.groups[1];
+        assert_eq!((second.first, second.count, second.after.as_slice()), (2, 3, [0].as_slice()));
+        assert_eq!(second.require.price_max_microusd_per_hour, Some(500_000));
+    }
+
+    #[test]
+    fn complaints_about_programs_and_order_name_their_place() {
+        let swap = |old: &str, new: &str| Sweep::parse("s.toml", &CHAIN.replace(old, new)).unwrap_err().to_string();
+        assert_eq!(
+            swap("{lr}", "{rate}"),
+            "s.toml:8:8: key \"experiment.argv\": `{rate}` names no parameter of the matrix"
+        );
+        assert!(swap("[\"collect\"]", "[\"colect\"]").contains("no experiment above is called `colect`"));
+        assert!(swap("site=attic", "attic").contains("`attic` is not a label"));
+        assert!(swap("\"6GB\"", "\"6 parsecs\"").contains("is not a size"));
+        assert!(swap("out/*.json", "../x").contains("not a relative pattern"));
+        assert!(swap("\"7.0\"", "\"seven\"").contains("not a compute capability"));
     }
 }

@@ -84,6 +84,8 @@ pub struct VirtualWorker {
     pub ailments: Vec<Ailments>,
     /// Models that it reports but does not have, each until a moment.
     pub lost_models: BTreeMap<&'static str, u64>,
+    /// Its operator has installed a build that has kernels for every card.
+    pub has_new_build: bool,
     /// Nothing can be published until then.
     pub disk_full_until: u64,
     seats: BTreeMap<SeatKey, Seat>,
@@ -135,6 +137,7 @@ impl VirtualWorker {
             epoch: 1,
             up: true,
             lost_models: BTreeMap::new(),
+            has_new_build: false,
             disk_full_until: 0,
             seats: BTreeMap::new(),
             tokens: 0,
@@ -144,7 +147,8 @@ impl VirtualWorker {
 
     /// Its greeting.
     pub fn hello(&self) -> Hello {
-        make::hello(self.index, self.epoch, &self.plan, self.held())
+        let build = if self.has_new_build { "simulated, new" } else { "simulated" };
+        Hello { build: build.to_owned(), ..make::hello(self.index, self.epoch, &self.plan, self.held()) }
     }
 
     /// Seats that it runs or whose outcome is not settled.
@@ -254,6 +258,7 @@ impl VirtualWorker {
     pub fn heal(&mut self) {
         self.ailments.fill(Ailments::default());
         self.lost_models.clear();
+        self.has_new_build = true;
         self.disk_full_until = 0;
     }
 

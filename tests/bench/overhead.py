@@ -186,8 +186,9 @@ def main():
     ratio = None
     python = hyperqueue_python()
     if python:
-        answer = subprocess.run([python, "-c", HQ_SCRIPT, str(count), str(THREADS)], stdout=subprocess.PIPE, check=True)
-        hq = json.loads(answer.stdout)
+        answer = subprocess.run([python, "-c", HQ_SCRIPT, str(count), str(THREADS)], stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, check=True)
+        hq = json.loads(answer.stdout.decode().strip().splitlines()[-1])
         ratio = command[0] / hq["wall"]
         print(f"HyperQueue, {count} /bin/true: wall {hq['wall']:.2f} s ({count / hq['wall']:.0f}/s), server and worker in one "
               f"process {hq['cpu'] / count * 1e6:.1f} us CPU a task, {hq['rss_kb'] / 1000:.1f} MB resident")

@@ -52,6 +52,8 @@ pub struct Lane {
     pub seats: Vec<Occupant>,
     /// When the last is expected to end.
     pub until: UnixMillis,
+    /// The most threads that one of its seats takes of a processor; `None`: all.
+    threads: Option<u32>,
 }
 
 /// A seat in a lane.
@@ -162,8 +164,7 @@ impl Board {
         }
         let lane = self.rows[row.0 as usize].lanes.entry(lane).or_default();
         lane.until = lane.until.max(now).plus_ms(seat.expected_ms);
-        let at = lane.seats.partition_point(|other| other.attempt.fence <= seat.attempt.fence);
-        lane.seats.insert(at, seat);
+        lane.push(seat);
     }
 
     /// Takes a seat out of its lane.
@@ -173,8 +174,9 @@ impl Board {
         if let Some(lane) = body.lanes.get_mut(&number) {
             lane.seats.retain(|seat| (seat.attempt, seat.role) != (attempt, role));
             lane.until = now.plus_ms(lane.seats.iter().map(|seat| seat.expected_ms).sum());
-            if lane.seats.is_empty() {
-                body.lanes.remove(&number);
+            match lane.seats.is_empty() {
+                true => drop(body.lanes.remove(&number)),
+                false => lane.threads = lane.seats.iter().map(|seat| seat.threads).fold(Some(0), most),
             }
         }
         self.dirty.insert(row);
@@ -302,11 +304,23 @@ impl Lane {
         self.seats.iter().map(|seat| seat.bytes).max().unwrap_or(0)
     }
 
+    /// Puts a seat in its place.
+    pub fn push(&mut self, seat: Occupant) {
+        self.threads = if self.seats.is_empty() { seat.threads } else { most(self.threads, seat.threads) };
+        let at = self.seats.partition_point(|other| other.attempt.fence <= seat.attempt.fence);
+        self.seats.insert(at, seat);
+    }
+
     fn threads(&self, all: u32) -> u32 {
-        self.seats.iter().map(|seat| seat.threads.unwrap_or(all).min(all)).max().unwrap_or(0)
+        self.threads.unwrap_or(all).min(all)
     }
 
     fn is_only(&self, attempt: Option<AttemptId>) -> bool {
-        self.seats.iter().all(|seat| Some(seat.attempt) == attempt)
+        attempt.is_some() && self.seats.iter().all(|seat| Some(seat.attempt) == attempt)
     }
+}
+
+/// The larger of two numbers of threads, of which none means all.
+fn most(one: Option<u32>, other: Option<u32>) -> Option<u32> {
+    Some(one?.max(other?))
 }

@@ -27,6 +27,8 @@ const REASONS_WORTH_MS: u64 = 1_000;
 const PLANNED_MAX: usize = 512;
 /// Steps of a plan (shards × requests × devices) that are worth it.
 const PLAN_STEPS_MAX: usize = 600_000;
+/// Shards that take less than this are not planned one by one, milliseconds.
+const BRIEF_MS: u64 = 50;
 /// Improvements of a plan.
 const MOVES_MAX: usize = 300;
 /// Columns that one device has in a plan at most.
@@ -199,8 +201,20 @@ impl<'a> Round<'a> {
         rows
     }
 
+    /// Whether every shard of the pool is over sooner than a plan for it would be worth.
+    fn is_brief(&self, pool: &Pool) -> bool {
+        let Some((_, row)) = self.view.live.board.rows().find(|(_, row)| self.view.in_service(row)) else {
+            return false;
+        };
+        pool.requests.keys().all(|id| {
+            let request = self.request(*id);
+            let role = request.seats.first().map(|seat| seat.role);
+            role.is_some_and(|role| self.view.expected(row, request, role).ms <= BRIEF_MS)
+        })
+    }
+
     fn is_small(&self, pool: &Pool) -> bool {
-        if pool.shards > PLANNED_MAX {
+        if pool.shards > PLANNED_MAX || self.is_brief(pool) {
             return false;
         }
         let devices = self.view.live.board.rows().count();
@@ -292,8 +306,10 @@ impl Round<'_> {
     fn rank(&self, pool: &Pool, ranking: &mut Ranking) {
         let ids = || pool.requests.keys().copied().filter(|id| !self.request(*id).is_gang());
         let version = self.view.state.table.version() + self.view.live.fleet_version;
-        let near = pool.shards.abs_diff(ranking.shards) * 5 <= ranking.shards;
-        if near && ranking.version == version && ids().eq(ranking.requests.iter().copied()) {
+        let moved = pool.shards.abs_diff(ranking.shards);
+        // A rank costs a look at every device: news about times waits until some shards have been placed.
+        let near = moved * 5 <= ranking.shards && (ranking.version == version || moved * 200 <= ranking.shards);
+        if near && ids().eq(ranking.requests.iter().copied()) {
             return;
         }
         let kinds = self.view.live.board.kinds();
@@ -423,7 +439,7 @@ impl Round<'_> {
             let row = self.overlay.entry(*id).or_insert_with(|| self.view.row(*id).clone());
             let body = row.lanes.entry(lane).or_default();
             body.until = body.until.max(now).plus_ms(expected_ms);
-            body.seats.push(Occupant { attempt, role, bytes, threads: fit.seat.threads, expected_ms, since: now });
+            body.push(Occupant { attempt, role, bytes, threads: fit.seat.threads, expected_ms, since: now });
             seats.push(PlacedSeat { role, device, reserved_bytes: bytes, lane, expected_ms });
         }
         *self.started.entry(shard.run).or_default() += 1;

@@ -113,6 +113,7 @@ fn plan_text(answer: &PlanAnswer, usd_per_kwh: f64, style: Style) -> String {
             let _ = writeln!(text, "and {} more (--json has all)", answer.shards.len() - SHARDS_SHOWN_MAX);
         }
     }
+    text += &nowhere(&answer.shards);
     let never = answer.shards.iter().filter(|shard| shard.seats.is_empty()).count();
     match answer.makespan_ms {
         Some(ms) => {
@@ -142,13 +143,31 @@ fn plan_text(answer: &PlanAnswer, usd_per_kwh: f64, style: Style) -> String {
     text
 }
 
+/// Why shards would not start, each reason once.
+fn nowhere(shards: &[PlanShard]) -> String {
+    let mut reasons: Vec<(&str, Vec<u32>)> = Vec::new();
+    for shard in shards.iter().filter(|shard| shard.seats.is_empty()) {
+        match reasons.iter_mut().find(|(why, _)| *why == shard.why) {
+            Some((_, indices)) => indices.push(shard.index),
+            None => reasons.push((&shard.why, vec![shard.index])),
+        }
+    }
+    let line = |(why, indices): (&str, Vec<u32>)| {
+        let first = indices.first().copied().unwrap_or(0);
+        match indices.len() {
+            1 => format!("shard {first}: {why}\n"),
+            more => format!("shard {first} and {} more: {why}\n", more - 1),
+        }
+    };
+    reasons.into_iter().map(line).collect()
+}
+
 fn shard_rows(table: &mut Table, shard: &PlanShard) {
     let head = [(shard.index.to_string(), None), (shard.summary.clone(), None)];
     let basis = (shard.basis.clone().unwrap_or_default(), None);
     if shard.seats.is_empty() {
         let empty = || (String::new(), None);
-        let rest =
-            [("nowhere".to_owned(), Some(Tone::Bad)), empty(), empty(), empty(), basis, (shard.why.clone(), None)];
+        let rest = [("nowhere".to_owned(), Some(Tone::Bad)), empty(), empty(), empty(), basis, empty()];
         table.row(head.into_iter().chain(rest));
         return;
     }

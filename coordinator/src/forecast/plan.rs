@@ -9,8 +9,10 @@ use protocol::time::UnixMillis;
 
 use super::engine::{Engine, Truth};
 use super::replay::{Noise, introduce};
+use crate::scheduler::live::Live;
 use crate::scheduler::reason::Rated;
-use crate::scheduler::throughput::{Basis, Prior, Table};
+use crate::scheduler::request::seat_class;
+use crate::scheduler::throughput::{Basis, Estimate, Prior, Table};
 use crate::scheduler::{Answer, Input, NewRun, Scheduler};
 
 /// Forecasts drawn for the spread of a plan's time: enough for the tenths at either end.
@@ -114,14 +116,14 @@ fn forecast(scheduler: &Scheduler, run: Option<&NewRun>, seed: u64) -> (Plan, Op
     let mut drawn: BTreeMap<(String, String), f64> = BTreeMap::new();
     let mut noise = Noise(seed);
     let truth = move |start: &StartSeat, model: &str| {
-        let class = crate::scheduler::request::seat_class(&start.spec.work_class(), start.role);
+        let class = seat_class(&start.spec.work_class(), start.role);
         let estimate = predict(&table, &live, &class, model);
-        let sigma = f64::from(estimate.1) / 1024.0 * std::f64::consts::LN_2;
+        let sigma = f64::from(estimate.spread) / 1024.0 * std::f64::consts::LN_2;
         let factor = match seed {
             0 => 1.0,
             _ => *drawn.entry((class, model.to_owned())).or_insert_with(|| (sigma * noise.normal()).exp()),
         };
-        let us = estimate.0 as f64 * f64::from(start.spec.work_units()) * factor;
+        let us = estimate.unit_us as f64 * f64::from(start.spec.work_units()) * factor;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates")]
         let wall_ms = (us / 1000.0).ceil() as u64;
         Truth { wall_ms: wall_ms.max(1), peak_bytes: 0 }
@@ -150,7 +152,7 @@ fn forecast(scheduler: &Scheduler, run: Option<&NewRun>, seed: u64) -> (Plan, Op
     let ends = engine.spans.iter().filter(|span| id.is_none_or(|id| span.attempt.shard.run == id));
     let last = ends.map(|span| span.ended_at.since_ms(start)).max().unwrap_or(0);
     let plan = match seed {
-        0 => gather(&engine, id, start),
+        0 => gather(&engine, scheduler, id, start),
         _ => Plan {
             shards: Vec::new(),
             makespan_ms: None,
@@ -163,12 +165,11 @@ fn forecast(scheduler: &Scheduler, run: Option<&NewRun>, seed: u64) -> (Plan, Op
     (plan, done.then_some(last))
 }
 
-fn predict(table: &Table, live: &crate::scheduler::live::Live, class: &str, model: &str) -> (u64, u32) {
-    let estimate = table.predict(class, model, |model| Prior { unit_us: live.prior_us(class, model) });
-    (estimate.unit_us, estimate.spread)
+fn predict(table: &Table, live: &Live, class: &str, model: &str) -> Estimate {
+    table.predict(class, model, |model| Prior { unit_us: live.prior_us(class, model) })
 }
 
-fn gather(engine: &Engine<'_>, id: Option<RunId>, start: UnixMillis) -> Plan {
+fn gather(engine: &Engine<'_>, before: &Scheduler, id: Option<RunId>, start: UnixMillis) -> Plan {
     let state = engine.scheduler.state();
     let mut shards = Vec::new();
     let (mut device_ms, mut price_usd, mut energy_kwh) = (0, 0.0, 0.0);
@@ -204,9 +205,10 @@ fn gather(engine: &Engine<'_>, id: Option<RunId>, start: UnixMillis) -> Plan {
             .collect();
         let explained = engine.scheduler.explain(shard);
         let reasons = explained.as_ref().map(|explained| explained.devices.clone()).unwrap_or_default();
-        let basis = reasons.iter().find_map(|rated| match &rated.reason {
-            crate::scheduler::reason::Reason::Chosen { basis, .. } => *basis,
-            _ => None,
+        // What finished in the forecast only seems measured.
+        let basis = seats.first().and_then(|seat| {
+            let class = seat_class(&state.shard(shard)?.spec.work_class(), seat.role);
+            Some(predict(&before.state().table, before.live(), &class, &seat.model).basis)
         });
         let sentence = if seats.is_empty() {
             explained.map(|explained| explained.sentence).unwrap_or_default()

@@ -22,6 +22,9 @@ use super::throughput::Times;
 use super::timer::{Timer, Timers};
 use super::view::{REFERENCE_MFLOPS, reference_unit_us, speed_mflops};
 
+/// How much slower than on the reference card a program is taken to be at most before it was measured.
+const COMMAND_SLOWER_MAX: u64 = 10;
+
 /// The soft state.
 #[derive(Debug, Clone, Default)]
 pub struct Live {
@@ -176,8 +179,11 @@ impl Live {
 
     /// Microseconds that a unit of a class takes on a device model, before anything was measured.
     pub fn prior_us(&self, class: &str, model: &str) -> u64 {
-        let us = u128::from(reference_unit_us(class)) * u128::from(REFERENCE_MFLOPS) / u128::from(self.mflops(model));
-        u64::try_from(us).unwrap_or(u64::MAX).max(1)
+        let reference_us = reference_unit_us(class);
+        let us = u128::from(reference_us) * u128::from(REFERENCE_MFLOPS) / u128::from(self.mflops(model));
+        let us = u64::try_from(us).unwrap_or(u64::MAX).max(1);
+        // A program that somebody runs on a slow device has seldom much use for a fast one.
+        if class.starts_with("command/") { us.min(reference_us * COMMAND_SLOWER_MAX) } else { us }
     }
 
     /// Puts a waiting shard into the queue if the experiments before its own have committed.

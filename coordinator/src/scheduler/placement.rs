@@ -313,24 +313,32 @@ impl Round<'_> {
             return;
         }
         let kinds = self.view.live.board.kinds();
-        let (mut devices, mut samples) = (vec![0u64; kinds], vec![None; kinds]);
-        for (id, row) in self.view.live.board.rows().filter(|(_, row)| self.view.in_service(row)) {
-            devices[row.kind.0 as usize] += 1;
-            samples[row.kind.0 as usize].get_or_insert(id);
+        let mut rows: Vec<Vec<&Row>> = vec![Vec::new(); kinds];
+        for (_, row) in self.view.live.board.rows().filter(|(_, row)| self.view.in_service(row)) {
+            rows[row.kind.0 as usize].push(row);
         }
+        let devices: Vec<u64> = rows.iter().map(|rows| rows.len() as u64).collect();
         let requests: Vec<RequestId> = ids().collect();
+        // Of a device model the first that would do if nothing of ours ran speaks for all; whether one will do now is asked when
+        // it is its turn.
+        let time = |id: &RequestId, rows: &Vec<&Row>| {
+            let request = self.request(*id);
+            let Some(seat) = request.seats.first() else { return NEVER };
+            let fits = |row: &Row| matches!(self.view.rate(row, request, seat, World::Idle), Reason::Fits { .. });
+            let row = rows.iter().find(|row| fits(row)).or(rows.first());
+            row.map_or(NEVER, |row| self.view.expected(row, request, seat.role).ms.max(1))
+        };
         let load = |id: &RequestId| Load {
             count: pool.requests[id].len() as u64,
-            times: samples
-                .iter()
-                .map(|row| row.map_or(NEVER, |row| self.time(self.view.row(row), self.request(*id))))
-                .collect(),
+            times: rows.iter().map(|rows| time(id, rows)).collect(),
         };
         let loads: Vec<Load> = requests.iter().map(load).collect();
         let prices = prices(&loads, &devices);
+        // Brief work goes wherever there is room.
+        let dearness_max = if self.is_brief(pool) { u64::MAX } else { DEARNESS_MAX };
         let ranked = |kind: usize| {
             let dear = |(load, id): (&Load, &RequestId)| {
-                let dearness = dearness(load, &prices, kind).filter(|dearness| *dearness <= DEARNESS_MAX)?;
+                let dearness = dearness(load, &prices, kind).filter(|dearness| *dearness <= dearness_max)?;
                 // What is about equally at home: the short ones first.
                 Some((dearness / 50, load.times[kind], *id))
             };

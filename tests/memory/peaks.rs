@@ -73,11 +73,16 @@ fn without_tokenizer(shape: &ModelShape, held: Quantisation, phase: Phase<'_>) -
     footprint.peak() - footprint.tokenizer
 }
 
+/// The lengths tried: `few` in every run of the tests, `all` for the table in docs/memory.md, which takes ten minutes a model.
+fn lengths(few: &'static [u32], all: &'static [u32]) -> &'static [u32] {
+    if std::env::var_os("BONEPILE_ALL_PEAKS").is_some() { all } else { few }
+}
+
 /// Reading texts of several lengths: f32, and weights as stored.
 fn prefills(model: &'static str, rows: &mut Vec<Row>) {
     let shape = shape(model).unwrap();
     for (precision, held) in [("f32", Quantisation::F32), ("stored", Quantisation::Stored)] {
-        for tokens in [64, 256, 1024, 2048] {
+        for &tokens in lengths(&[64, 1024], &[64, 256, 1024, 2048]) {
             let measured = bench(model, precision, &["--prompt", &tokens.to_string()]);
             let inference = Inference { cache: Element::F32, ..Inference::of(tokens + 1) };
             let computed = without_tokenizer(shape, held, Phase::Inference(inference));
@@ -89,7 +94,7 @@ fn prefills(model: &'static str, rows: &mut Vec<Row>) {
 /// Steps of training keys and values that are injected: what a projector's receiver does.
 fn steps(model: &'static str, rows: &mut Vec<Row>) {
     let shape = shape(model).unwrap();
-    for tokens in [32, 128, 256] {
+    for &tokens in lengths(&[32], &[32, 128, 256]) {
         let measured = bench(model, "f32", &["--prompt", "16", "--step", &tokens.to_string(), "--prefix", "32"]);
         let training = Training { batch: 1, tokens, checkpointing: false, optimiser: Optimiser::Sgd };
         let projector = ProjectorKind::LowRank { rank: 0 };

@@ -42,7 +42,7 @@ pub struct Live {
     pub queue: Queue,
     /// Predictions since the throughput table last had news.
     pub times: Times,
-    /// Grows when a device model is seen first or reports another speed.
+    /// Grows when devices come into service or leave it, and when a device model reports another speed.
     pub fleet_version: u64,
     /// A forecast: workers do not speak, and their silence means nothing.
     pub is_forecast: bool,
@@ -114,7 +114,10 @@ impl Live {
             Event::ModelFoundMissing { worker, .. }
             | Event::DrainStarted { worker }
             | Event::DrainEnded { worker }
-            | Event::WorkerRevoked { worker } => self.board.touch(*worker),
+            | Event::WorkerRevoked { worker } => {
+                self.fleet_version += 1;
+                self.board.touch(*worker);
+            }
             Event::KernelFoundMissing { .. } | Event::ThroughputTaught { .. } => self.board.touch_all(),
             Event::DeviceQuarantined { device, .. } | Event::DeviceReleased { device } => {
                 self.board.touch(device.worker);

@@ -27,6 +27,8 @@ const REASONS_WORTH_MS: u64 = 1_000;
 const PLANNED_MAX: usize = 512;
 /// Steps of a plan (shards × requests × devices) that are worth it.
 const PLAN_STEPS_MAX: usize = 600_000;
+/// Longest life of an order of requests, milliseconds: what can run where changes without a word, too.
+const RANKING_MS: u64 = 10_000;
 /// Shards that take less than this are not planned one by one, milliseconds.
 const BRIEF_MS: u64 = 50;
 /// Improvements of a plan.
@@ -57,7 +59,9 @@ pub type Plans = BTreeMap<PoolKey, BTreeMap<(RowId, usize), Vec<RequestId>>>;
 /// Orders of requests by device model, while much waits.
 #[derive(Debug, Clone, Default)]
 pub struct Ranking {
+    at: UnixMillis,
     version: u64,
+    fleet: u64,
     shards: usize,
     requests: Vec<RequestId>,
     by_kind: Vec<Vec<RequestId>>,
@@ -305,11 +309,12 @@ impl Round<'_> {
     /// Ranks the pool's requests for each device model, if what waits or what is known has changed enough.
     fn rank(&self, pool: &Pool, ranking: &mut Ranking) {
         let ids = || pool.requests.keys().copied().filter(|id| !self.request(*id).is_gang());
-        let version = self.view.state.table.version() + self.view.live.fleet_version;
+        let (version, fleet) = (self.view.state.table.version(), self.view.live.fleet_version);
+        let fresh = ranking.fleet == fleet && self.view.now.since_ms(ranking.at) < RANKING_MS;
         let moved = pool.shards.abs_diff(ranking.shards);
         // A rank costs a look at every device: news about times waits until some shards have been placed.
         let near = moved * 5 <= ranking.shards && (ranking.version == version || moved * 200 <= ranking.shards);
-        if near && ids().eq(ranking.requests.iter().copied()) {
+        if near && fresh && ids().eq(ranking.requests.iter().copied()) {
             return;
         }
         let kinds = self.view.live.board.kinds();
@@ -346,7 +351,14 @@ impl Round<'_> {
             order.sort_unstable();
             order.into_iter().map(|(_, _, id)| id).collect()
         };
-        *ranking = Ranking { version, shards: pool.shards, by_kind: (0..kinds).map(ranked).collect(), requests };
+        *ranking = Ranking {
+            at: self.view.now,
+            version,
+            fleet,
+            shards: pool.shards,
+            by_kind: (0..kinds).map(ranked).collect(),
+            requests,
+        };
     }
 
     /// Starts the oldest shard of a request on a row; `false` if it has no room or nobody may.

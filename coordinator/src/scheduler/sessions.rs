@@ -13,7 +13,8 @@ use protocol::group::is_label;
 use protocol::hardware::{Device, Telemetry};
 use protocol::ids::{AttemptId, DeviceRef, Role, WorkerId};
 use protocol::limits::{
-    DEVICES_PER_WORKER_MAX, HEARTBEAT_INTERVAL_MS, LABELS_MAX, MODEL_SHAPES_MAX, SEATS_AHEAD_MAX, clean_text,
+    DEVICES_PER_WORKER_MAX, HEARTBEAT_INTERVAL_MS, LABELS_MAX, MODEL_SHAPES_MAX, SEATS_AHEAD_MAX, SUSPECT_AFTER_MS,
+    clean_text,
 };
 
 use super::board::Row;
@@ -78,6 +79,7 @@ impl Scheduler {
         let telemetry = BTreeMap::new();
         let session = Session { number: session, connected: true, heard_at: self.now, addresses, telemetry };
         self.live.sessions.insert(worker, session);
+        self.live.fleet_version += 1;
         self.reconcile(worker, &held, occasion);
         self.drop_what_no_longer_fits(worker);
         self.unsettled = true;
@@ -93,9 +95,12 @@ impl Scheduler {
     pub(super) fn heartbeat(&mut self, worker: WorkerId, session: u64, heartbeat: Heartbeat) {
         let now = self.now;
         let Some(known) = self.session_mut(worker, session) else { return };
+        // Back in service, or for the first time known to be.
+        let back = known.telemetry.is_empty() || now.since_ms(known.heard_at) >= SUSPECT_AFTER_MS;
         known.heard_at = now;
         let telemetry = heartbeat.telemetry.into_iter().take(DEVICES_PER_WORKER_MAX).map(clean_telemetry);
         known.telemetry = telemetry.map(|telemetry| (telemetry.device.clone(), telemetry)).collect();
+        self.live.fleet_version += u64::from(back);
         self.live.board.touch(worker);
         self.reconcile(worker, &heartbeat.held, Occasion::Heartbeat);
         self.unsettled = true;

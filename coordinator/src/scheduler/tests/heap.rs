@@ -27,6 +27,8 @@ pub(super) struct Heap {
     pub(super) told: BTreeMap<WorkerId, Vec<StartSeat>>,
     pub(super) cancelled: Vec<AttemptId>,
     workers: BTreeMap<WorkerId, Vec<Device>>,
+    terms: BTreeMap<WorkerId, Terms>,
+    sessions: BTreeMap<WorkerId, u64>,
     /// Memory that others hold on each device of a worker.
     foreign: BTreeMap<WorkerId, u64>,
 }
@@ -78,6 +80,8 @@ impl Heap {
             told: BTreeMap::new(),
             cancelled: Vec::new(),
             workers: BTreeMap::new(),
+            terms: BTreeMap::new(),
+            sessions: BTreeMap::new(),
             foreign: BTreeMap::new(),
         }
     }
@@ -95,26 +99,35 @@ impl Heap {
             panic!("no token")
         };
         let hostname = format!("box-{number}");
-        self.give(Input::RedeemToken { token, spki_sha256: key, hostname: hostname.clone() }).unwrap();
+        self.give(Input::RedeemToken { token, spki_sha256: key, hostname }).unwrap();
         let worker = WorkerId(u64::from(number));
         self.workers.insert(worker, cards.to_vec());
+        self.terms.insert(worker, terms);
+        self.greet_again(worker);
+        self
+    }
+
+    /// A worker greets, as after its process was started or its connection cut, and says that it is well.
+    pub(super) fn greet_again(&mut self, worker: WorkerId) {
+        let number = u8::try_from(worker.0).unwrap();
+        let session = self.sessions.get(&worker).map_or(1, |session| session + 1);
+        self.sessions.insert(worker, session);
         let hello = Hello {
             build: "test".to_owned(),
-            hostname,
+            hostname: format!("box-{number}"),
             epoch: UnixMillis(1),
-            devices: cards.to_vec(),
+            devices: self.workers[&worker].clone(),
             models: vec![SMOL.to_owned(), GEMMA.to_owned()],
             held: Vec::new(),
             peer_port: 7000,
             addresses: Vec::new(),
-            terms,
+            terms: self.terms[&worker].clone(),
             shapes: Vec::new(),
         };
         let observed = IpAddr::V4(Ipv4Addr::new(10, 0, 0, number));
-        let connected = Connected { worker, session: 1, spki_sha256: key, hello, observed };
+        let connected = Connected { worker, session, spki_sha256: [number; 32], hello, observed };
         self.give(Input::Connected(Box::new(connected))).unwrap();
         self.beat(worker);
-        self
     }
 
     /// Another process takes memory on a worker's cards.
@@ -168,6 +181,7 @@ impl Heap {
     }
 
     pub(super) fn beat(&mut self, worker: WorkerId) {
+        let session = self.sessions[&worker];
         let foreign = self.foreign.get(&worker).copied().unwrap_or(0);
         let telemetry = |device: &Device| Telemetry {
             device: device.id.clone(),
@@ -181,8 +195,7 @@ impl Heap {
         let telemetry = self.workers[&worker].iter().map(telemetry).collect();
         let held = self.scheduler.state().unfinished_seats().filter(|(_, seat)| seat.device.worker == worker);
         let held = held.map(|(attempt, seat)| super::lab::held(attempt, seat.role)).collect();
-        self.give(Input::Heartbeat { worker, session: 1, heartbeat: Heartbeat { sequence: 1, telemetry, held } })
-            .unwrap();
+        self.give(Input::Heartbeat { worker, session, heartbeat: Heartbeat { sequence: 1, telemetry, held } }).unwrap();
     }
 
     /// The oldest open attempt of a shard and the model of its first device.
@@ -209,7 +222,7 @@ impl Heap {
                 models: Vec::new(),
                 build: "test".to_owned(),
             };
-            self.give(Input::SeatFinished { worker, session: 1, finished }).unwrap();
+            self.give(Input::SeatFinished { worker, session: self.sessions[&worker], finished }).unwrap();
         }
     }
 
@@ -217,7 +230,7 @@ impl Heap {
         let seat = self.scheduler.state().attempt(attempt).unwrap().seats[0].clone();
         let failed = SeatFailed { attempt, role: seat.role, failure: Failure::new(kind, "as the test wants") };
         let worker = seat.device.worker;
-        self.give(Input::SeatFailed { worker, session: 1, failed }).unwrap();
+        self.give(Input::SeatFailed { worker, session: self.sessions[&worker], failed }).unwrap();
     }
 
     /// Fails a shard's only attempt and waits out the pause.

@@ -358,3 +358,26 @@ fn if_the_second_attempt_fails_the_first_goes_on() {
     heap.finish(first, 90_000);
     assert_eq!(heap.state(r, 0), ShardState::Committed);
 }
+
+#[test]
+fn brief_work_that_waited_for_its_first_worker_starts_with_it() {
+    let mut heap = Heap::new();
+    heap.teach("a", NEW, 0);
+    let r = heap.submit(run((0..600).map(|_| job("a", 1, 1)).collect()));
+    heap.give(Input::Tick).unwrap();
+    let mut heap = heap.with(&[card(NEW, 6, 1_000_000)]);
+    heap.pass_s(2);
+    assert!(heap.running(r) > 0, "{}", heap.sentence(r, 0));
+}
+
+#[test]
+fn many_shards_are_taken_up_by_a_worker_that_comes_back() {
+    let mut heap = Heap::new().with(&[card(NEW, 6, 1_000_000)]);
+    let worker = protocol::ids::WorkerId(1);
+    heap.give(Input::Disconnected { worker, session: 1 }).unwrap();
+    heap.now = heap.now.plus_ms(60_000);
+    let r = heap.submit(run((0..600).map(|_| job("a", 30, 1)).collect()));
+    assert_eq!(heap.running(r), 0);
+    heap.greet_again(worker);
+    assert!(heap.running(r) > 0, "{}", heap.sentence(r, 0));
+}

@@ -201,6 +201,9 @@ pub struct Usage {
     pub memory_peak_bytes: u64,
     /// Bytes of packets sent to or received from the other seat.
     pub packet_bytes: u64,
+    /// Fastest packet sent to another worker, bytes a second; 0 if none was long enough to tell.
+    #[serde(default)]
+    pub link_bytes_per_second: u64,
 }
 
 /// A seat's part failed.

@@ -156,7 +156,12 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         attempt: attempt(),
         role: Role::Target,
         outputs: vec![Output { name: "result.json".into(), hash: ArtifactHash([0xab; 32]), bytes: 4711 }],
-        usage: Usage { wall_ms: 12_345, memory_peak_bytes: 2 << 30, packet_bytes: 300_000 },
+        usage: Usage {
+            wall_ms: 12_345,
+            memory_peak_bytes: 2 << 30,
+            packet_bytes: 300_000,
+            link_bytes_per_second: 110_000_000,
+        },
         models: vec![("gemma-3-270m".into(), "sha256:00".into())],
         build: "0.1.0".into(),
     };

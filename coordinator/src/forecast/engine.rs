@@ -216,7 +216,8 @@ impl<'a> Engine<'a> {
         }
         let input = match failure {
             None => {
-                let usage = Usage { wall_ms: truth.wall_ms, memory_peak_bytes: truth.peak_bytes, packet_bytes: 0 };
+                let (wall_ms, memory_peak_bytes) = (truth.wall_ms, truth.peak_bytes);
+                let usage = Usage { wall_ms, memory_peak_bytes, ..Usage::default() };
                 let (outputs, models, build) = (Vec::new(), Vec::new(), String::new());
                 let finished = SeatFinished { attempt, role, outputs, usage, models, build };
                 Input::SeatFinished { worker, session, finished }

@@ -8,7 +8,7 @@ use protocol::ids::{AttemptId, Role, RunId, ShardId, TokenId, WorkerId};
 use protocol::model_name::is_path;
 
 use super::event::{AttemptPlaced, Event, PlacedSeat, Record, Report, RunAccepted, SeatCompleted, TokenCreated};
-use super::request::seat_class;
+use super::request::{MEGABYTE, link_class, seat_class};
 use super::state::{Attempt, AttemptState, Outcome, Run, Seat, Shard, State, Token, Worker};
 use super::status::{RunState, ShardState};
 
@@ -289,6 +289,7 @@ impl State {
         if !self.records.is_empty() {
             self.records.remove(&device.to_string());
         }
+        self.learn_from_packets(completed, units);
         Ok(())
     }
 
@@ -337,6 +338,23 @@ impl State {
             Retry::Elsewhere | Retry::Never => shard.tries += 1,
         }
         Ok(())
+    }
+
+    /// What a source's packets say about the link that they went over, and about the size of what its class sends.
+    fn learn_from_packets(&mut self, completed: &SeatCompleted, units: u32) {
+        let (id, usage) = (completed.attempt, completed.usage);
+        let Some(shard) = self.shard(id.shard).filter(|_| completed.role == Role::Source && usage.packet_bytes > 0)
+        else {
+            return;
+        };
+        let class = shard.spec.work_class();
+        let seats = self.attempt(id).map(|attempt| attempt.seats.clone()).unwrap_or_default();
+        let worker = |role| seats.iter().find(|seat| seat.role == role).map(|seat| seat.device.worker);
+        if let (Some(from), Some(to), 1..) = (worker(Role::Source), worker(Role::Target), usage.link_bytes_per_second) {
+            let us = MEGABYTE.saturating_mul(1_000_000) / usage.link_bytes_per_second;
+            self.table.learn(&link_class(from), &to.to_string(), 1, us.max(1));
+        }
+        self.packets.insert(class, usage.packet_bytes / u64::from(units.max(1)));
     }
 
     /// What a failure says about memory and about the device.

@@ -94,6 +94,14 @@ pub fn seat_class(class: &str, role: Role) -> String {
     }
 }
 
+/// Unit of the throughput table's rows about links, bytes.
+pub const MEGABYTE: u64 = 1_000_000;
+
+/// Name of the throughput table's row about links from a worker; its columns are workers.
+pub fn link_class(from: WorkerId) -> String {
+    format!("link/{from}")
+}
+
 /// Where a shard failed and with which attempt, since it was reopened.
 pub fn failures(id: ShardId, shard: &Shard) -> BTreeMap<Place, AttemptId> {
     let mut failures = BTreeMap::new();

@@ -43,6 +43,8 @@ pub struct State {
     pub table: Table,
     /// Memory that work classes were seen to take, by seat class.
     pub peaks: BTreeMap<String, Peak>,
+    /// Bytes that a unit of work sends from seat to seat, by work class, as the last gang said.
+    pub packets: BTreeMap<String, u64>,
     /// (class, device model, build) for which a kernel was found missing.
     pub kernels_missing: BTreeSet<(String, String, String)>,
     /// Devices whose last attempts failed.

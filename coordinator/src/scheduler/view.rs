@@ -11,13 +11,15 @@ use super::board::{AHEAD_MS, Row, RowId, SHARE_AFTER_MS, SHARE_BELOW_PERCENT};
 use super::event::Policy;
 use super::live::Live;
 use super::reason::Reason;
-use super::request::{Request, SeatNeed};
+use super::request::{MEGABYTE, Request, SeatNeed, link_class};
 use super::state::{State, Worker};
 use super::status::WorkerState;
 use super::throughput::{Basis, Estimate, Prior};
 
 /// Rate at which a model is read from a box's disk when it is not warm, bytes a second: an old SATA disk's.
 const LOAD_BYTES_PER_SECOND: u64 = 150_000_000;
+/// What a link carries before a packet went over it, bytes a second: gigabit Ethernet.
+const LINK_BYTES_PER_SECOND: u64 = 117_000_000;
 /// Size of a model whose file nobody described, bytes.
 const MODEL_BYTES_UNKNOWN: u64 = 1_000_000_000;
 /// Products of f32 matrices on the card that shares are counted in, a GTX 1080, millions of operations a second.
@@ -215,6 +217,16 @@ impl<'a> View<'a> {
         let cold = request.models.iter().filter(|model| !self.live.is_warm(&row.device, model));
         let load_ms = cold.map(|model| load_ms(model)).sum::<u64>();
         Expected { ms: us.div_ceil(1000).saturating_add(load_ms), spread: estimate.spread, basis: estimate.basis }
+    }
+
+    /// How long a gang's packets are on their way from one device to another, milliseconds: by the size that its class was seen
+    /// to send and the link's measured rate.
+    pub fn transfer_ms(&self, request: &Request, from: &Row, to: &Row) -> u64 {
+        let (from, to) = (from.device.worker, to.device.worker);
+        let Some(bytes) = self.state.packets.get(&request.class).filter(|_| from != to) else { return 0 };
+        let prior = |_: &str| Prior { unit_us: MEGABYTE * 1_000_000 / LINK_BYTES_PER_SECOND };
+        let us = self.live.times.predict(&self.state.table, &link_class(from), &to.to_string(), prior).unit_us;
+        bytes.saturating_mul(u64::from(request.units)) / 1000 * us / MEGABYTE
     }
 
     /// Time for a unit of work of a class on a device.

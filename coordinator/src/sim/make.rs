@@ -111,7 +111,7 @@ pub fn finished(attempt: AttemptId, role: Role, wall_ms: u64, peak_bytes: u64, c
         attempt,
         role,
         outputs: vec![Output { name: "result.json".to_owned(), hash: ArtifactHash(hash), bytes: 10 }],
-        usage: Usage { wall_ms, memory_peak_bytes: peak_bytes, packet_bytes: 0 },
+        usage: Usage { wall_ms, memory_peak_bytes: peak_bytes, packet_bytes: 0, ..Usage::default() },
         models: Vec::new(),
         build: "simulated".to_owned(),
     }

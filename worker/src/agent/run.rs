@@ -54,6 +54,8 @@ const TELEMETRY: Duration = Duration::from_millis(HEARTBEAT_INTERVAL_MS);
 /// How often a packet for a seat of this worker that has not started is tried again, and for how long.
 const HAND_OVER_EVERY: Duration = Duration::from_millis(100);
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(300);
+/// Shortest packet whose time says something about its link, bytes.
+const RATED_BYTES_MIN: u64 = 64 << 10;
 /// How long a stopping agent waits for its closes to be heard.
 const LAST_WORD: Duration = Duration::from_secs(2);
 
@@ -489,11 +491,13 @@ impl Loop {
     fn send(&mut self, from: SeatId, to: SeatAddress, key: String, path: String) {
         let (sender, inputs) = (Arc::clone(&self.sender), self.inputs.clone());
         self.spawn_for(from, async move {
+            let began = Instant::now();
             let input = match sender.send(from, &to, &key, path.as_ref()).await {
                 Ok(bytes) => {
+                    let bytes_per_second = rate(bytes, began.elapsed());
                     // What has arrived is of no more use here.
                     let _ = tokio::fs::remove_file(&path).await;
-                    Input::PacketSent { seat: from, key, bytes }
+                    Input::PacketSent { seat: from, key, bytes, bytes_per_second }
                 }
                 Err(failure) => Input::PacketNotSent { seat: from, key, failure },
             };
@@ -510,7 +514,7 @@ impl Loop {
                 Ok(bytes) => {
                     let path = place.to_string_lossy().into_owned();
                     let _ = inputs.send(Input::PacketArrived { seat: to, key: key.clone(), path, bytes }).await;
-                    Input::PacketSent { seat: from, key, bytes }
+                    Input::PacketSent { seat: from, key, bytes, bytes_per_second: 0 }
                 }
                 Err(failure) => Input::PacketNotSent { seat: from, key, failure },
             };
@@ -583,6 +587,12 @@ async fn hand_over(
 
 /// Addresses by which others may reach this box, beside the one that the coordinator sees: the one that the socket is bound
 /// to, or else the one from which the system would send to the outside. Interfaces are not listed.
+/// Bytes a second; 0 for a packet too short to tell.
+fn rate(bytes: u64, took: Duration) -> u64 {
+    let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
+    if bytes < RATED_BYTES_MIN { 0 } else { bytes.saturating_mul(1_000_000) / us }
+}
+
 fn own_addresses(bound: IpAddr) -> Vec<String> {
     if !bound.is_unspecified() {
         return vec![bound.to_string()];

@@ -111,6 +111,13 @@ impl Round<'_> {
                 let fits = matches!(self.view.rate(row, request, seat, world), Reason::Fits { .. });
                 fits.then(|| (*id, self.gang_fit(row, request, seat, row.new_lane())))
             };
+            // What was sent from the seats chosen so far, or will be sent to them, is on its way meanwhile.
+            let fit = |id: &RowId| {
+                let (id, mut fit) = fit(id)?;
+                let way = |(other, _): &(RowId, Fit)| self.view.transfer_ms(request, self.row(*other), self.row(id));
+                fit.expected.ms = fit.expected.ms.saturating_add(chosen.values().map(way).max().unwrap_or(0));
+                Some((id, fit))
+            };
             // Of equal times the one with more free memory.
             let best = rows.iter().filter(free).filter_map(fit).min_by_key(|(id, fit)| {
                 let free_bytes = self.view.free_bytes(self.row(*id), world);

@@ -226,6 +226,18 @@ impl Heap {
         }
     }
 
+    /// Both seats of a gang end; the source has sent so much, so fast.
+    pub(super) fn finish_sending(&mut self, attempt: AttemptId, packet_bytes: u64, link_bytes_per_second: u64) {
+        let seats = self.scheduler.state().attempt(attempt).unwrap().seats.clone();
+        for seat in seats {
+            let (role, worker) = (seat.role, seat.device.worker);
+            let usage = Usage { wall_ms: 10_000, packet_bytes, link_bytes_per_second, ..Usage::default() };
+            let (outputs, models, build) = (Vec::new(), Vec::new(), String::new());
+            let finished = SeatFinished { attempt, role, outputs, usage, models, build };
+            self.give(Input::SeatFinished { worker, session: self.sessions[&worker], finished }).unwrap();
+        }
+    }
+
     pub(super) fn fail(&mut self, attempt: AttemptId, kind: FailureKind) {
         let seat = self.scheduler.state().attempt(attempt).unwrap().seats[0].clone();
         let failed = SeatFailed { attempt, role: seat.role, failure: Failure::new(kind, "as the test wants") };

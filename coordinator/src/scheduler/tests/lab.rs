@@ -292,7 +292,7 @@ pub(super) fn finished(attempt: AttemptId, role: Role) -> SeatFinished {
         attempt,
         role,
         outputs: vec![Output { name, hash, bytes: 10 }],
-        usage: Usage { wall_ms: 5, memory_peak_bytes: GB, packet_bytes: 0 },
+        usage: Usage { wall_ms: 5, memory_peak_bytes: GB, packet_bytes: 0, ..Usage::default() },
         models: vec![(SMOL.to_owned(), "sha256:00".to_owned())],
         build: "test".to_owned(),
     }

@@ -381,3 +381,24 @@ fn many_shards_are_taken_up_by_a_worker_that_comes_back() {
     heap.greet_again(worker);
     assert!(heap.running(r) > 0, "{}", heap.sentence(r, 0));
 }
+
+#[test]
+fn a_gang_that_is_split_goes_over_the_faster_link() {
+    let small = |model: &str| card(model, 2, 1_000_000);
+    let mut heap = Heap::new().with(&[small("a")]).with(&[small("b")]).with(&[small("c")]);
+    let class = transfer(Spread::Workers).work_class();
+    let first = heap.submit(run(vec![transfer(Spread::Workers)]));
+    let (attempt, _) = heap.place(first, 0).unwrap();
+    // A gigabyte a fact, and the link that was tried carries ten megabytes a second.
+    heap.finish_sending(attempt, 4_000_000_000, 10_000_000);
+    assert_eq!(heap.scheduler.state().packets[&class], 1_000_000_000);
+    let link = ("link/w1".to_owned(), "w3".to_owned(), 8_000, 1);
+    heap.give(Input::TeachThroughput(vec![link])).unwrap();
+    let second = heap.submit(run(vec![transfer(Spread::Workers)]));
+    let workers = |heap: &Heap, r| -> Vec<u64> {
+        let id = protocol::ids::ShardId { run: r, index: 0 };
+        let shard = heap.scheduler.state().shard(id).unwrap();
+        shard.attempts[0].seats.iter().map(|seat| seat.device.worker.0).collect()
+    };
+    assert_eq!((workers(&heap, first), workers(&heap, second)), (vec![1, 2], vec![1, 3]));
+}

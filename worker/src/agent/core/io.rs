@@ -131,6 +131,8 @@ pub enum Input {
         key: String,
         /// Its length.
         bytes: u64,
+        /// How fast it went to another worker; 0 if it stayed here or was too short to tell.
+        bytes_per_second: u64,
     },
     /// The other worker will not have a packet.
     PacketNotSent {

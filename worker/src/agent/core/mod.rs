@@ -207,7 +207,12 @@ impl Agent {
                 }
             }
             Input::Published { seat, finished } => self.on_published(now, seat, finished),
-            Input::PacketSent { seat, key, bytes } => self.on_packet_sent(now, seat, &key, bytes),
+            Input::PacketSent { seat, key, bytes, bytes_per_second } => {
+                if let Some(seat) = self.seats.get_mut(&seat) {
+                    seat.link_bytes_per_second = seat.link_bytes_per_second.max(bytes_per_second);
+                }
+                self.on_packet_sent(now, seat, &key, bytes);
+            }
             Input::PacketNotSent { seat, key: _, failure } => self.fail(now, seat, failure),
             Input::PacketArrived { seat, key, path, bytes } => self.on_packet_arrived(seat, key, path, bytes),
             Input::Deadline => {
@@ -360,6 +365,7 @@ impl Agent {
             wall_ms: now.since_ms(seat.started_at),
             memory_peak_bytes: finished.memory_peak_bytes,
             packet_bytes: seat.packet_bytes,
+            link_bytes_per_second: seat.link_bytes_per_second,
         };
         let (finished, build) = (finished.clone(), build.clone());
         "finished".clone_into(&mut seat.progress.note);

@@ -19,6 +19,7 @@ pub(super) struct Seat {
     pub(super) progress: SeatProgress,
     pub(super) started_at: UnixMillis,
     pub(super) packet_bytes: u64,
+    pub(super) link_bytes_per_second: u64,
     /// Packets on their way to other seats.
     pub(super) sending: BTreeSet<String>,
     /// Packets for this seat that came before its executor ran.
@@ -39,6 +40,7 @@ impl Seat {
             progress: SeatProgress::default(),
             started_at: now,
             packet_bytes: 0,
+            link_bytes_per_second: 0,
             sending: BTreeSet::new(),
             arrived: Vec::new(),
         }

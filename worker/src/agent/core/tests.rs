@@ -286,7 +286,7 @@ fn a_source_is_done_when_its_packets_have_arrived() {
     assert_eq!(effects, ["send fact-0 to w2"]);
     assert_eq!(bench.after(Input::Executor { executor, message: finished(1) }), [""; 0]);
     assert!(bench.0.held()[0].progress.note.contains("1 packets on their way"));
-    let sent = Input::PacketSent { seat: seat(1, Role::Source), key: "fact-0".into(), bytes: 10 };
+    let sent = Input::PacketSent { seat: seat(1, Role::Source), key: "fact-0".into(), bytes: 10, bytes_per_second: 0 };
     assert_eq!(bench.after(sent), ["keep r1.0#f1 source 0 ms"]);
 }
 
@@ -315,7 +315,7 @@ fn two_seats_of_an_attempt_on_one_worker_have_an_executor_each_and_hand_packets_
         Input::PacketArrived { seat: seat(1, Role::Target), key: "fact-0".into(), path: "q".into(), bytes: 10 };
     assert_eq!(bench.after(arrived), ["packet fact-0 to x2"]);
     // Both done: one warm executor is enough for the device.
-    let sent = Input::PacketSent { seat: seat(1, Role::Source), key: "fact-0".into(), bytes: 10 };
+    let sent = Input::PacketSent { seat: seat(1, Role::Source), key: "fact-0".into(), bytes: 10, bytes_per_second: 0 };
     bench.after(sent);
     bench.after(Input::Executor { executor: source, message: finished(1) });
     let effects = bench.after(Input::Executor { executor: target, message: finished(1) });

@@ -7,6 +7,7 @@
 mod cluster;
 mod faults;
 mod kill;
+mod programs;
 mod refusals;
 #[path = "../hub/server.rs"]
 mod server;

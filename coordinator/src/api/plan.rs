@@ -1,6 +1,6 @@
 //! Requests and answers about what would be: plans, simulations, the throughput table.
 
-use protocol::ids::{DeviceRef, Role, WorkerId};
+use protocol::ids::Role;
 use serde::{Deserialize, Serialize};
 
 /// What to plan: a sweep, on the cluster as it is or with other devices.
@@ -16,9 +16,9 @@ pub struct PlanRequest {
     /// Devices to add: `gtx-1080:2` or `gtx-1080:2:8GB`.
     #[serde(default)]
     pub add: Vec<String>,
-    /// Workers to take away.
+    /// Workers to take away, as in `w3`.
     #[serde(default)]
-    pub remove: Vec<WorkerId>,
+    pub remove: Vec<String>,
 }
 
 /// What would be.
@@ -60,8 +60,8 @@ pub struct PlanShard {
 pub struct PlanSeat {
     /// Which.
     pub role: Role,
-    /// Where.
-    pub device: DeviceRef,
+    /// Where, as in `w1/cpu`.
+    pub device: String,
     /// Its product name.
     pub model: String,
     /// When it would start, milliseconds from now.

@@ -48,7 +48,12 @@ pub async fn simulate(context: &mut Context, args: &SimulateArgs) -> Outcome {
                 Some(path) => sweep(path)?,
                 None => (String::new(), String::new()),
             };
-            let request = PlanRequest { file, text, add: args.add.clone(), remove: args.remove.clone() };
+            let request = PlanRequest {
+                file,
+                text,
+                add: args.add.clone(),
+                remove: args.remove.iter().map(ToString::to_string).collect(),
+            };
             let answer: PlanAnswer = context.client()?.post(route::PLAN, &request).await?;
             let text = plan_text(&answer, args.usd_per_kwh, context.output.style());
             context.show(&Document::new(&answer, text))?;

@@ -5,7 +5,7 @@ use axum::extract::{Path, State};
 use protocol::catalogue;
 use protocol::experiment::ShardSpec;
 use protocol::hardware::{Device, DeviceKind, Speed};
-use protocol::ids::{DeviceId, DeviceRef};
+use protocol::ids::{DeviceId, DeviceRef, WorkerId};
 use protocol::sweep::Sweep;
 
 use super::routes::{Answer, Body, Parts, new_run, parse, read};
@@ -53,6 +53,12 @@ fn answer(scheduler: &Scheduler, request: PlanRequest) -> Result<PlanAnswer, Api
     let mut extras = Vec::new();
     for wanted in &add {
         extras.extend(extra(scheduler, wanted)?);
+    }
+    let remove = remove.iter().map(|worker| worker.parse::<WorkerId>());
+    let remove = remove.collect::<Result<Vec<_>, _>>();
+    let remove = remove.map_err(|error| ApiError::new(ErrorCode::BadRequest, error.to_string()))?;
+    if let Some(unknown) = remove.iter().find(|worker| !scheduler.state().workers.contains_key(worker)) {
+        return Err(ApiError::new(ErrorCode::NotFound, format!("no worker {unknown}")));
     }
     let as_is = plan(scheduler, run.as_ref());
     if extras.is_empty() && remove.is_empty() {
@@ -114,7 +120,7 @@ fn worded(plan: Plan, as_is: Option<u64>, run: Option<&NewRun>) -> PlanAnswer {
         };
         let seats = shard.seats.into_iter().map(|seat| PlanSeat {
             role: seat.role,
-            device: seat.device,
+            device: seat.device.to_string(),
             model: seat.model,
             start_ms: seat.start_ms,
             end_ms: seat.end_ms,

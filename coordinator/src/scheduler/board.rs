@@ -200,6 +200,16 @@ impl Board {
         (0u32..).map(RowId).zip(&self.rows).filter(|(_, row)| !row.gone)
     }
 
+    /// Number of rows, those of devices that are gone too.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Whether there are no rows.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
     /// The row of a device.
     pub fn find(&self, device: &DeviceRef) -> Option<&Row> {
         self.index.get(device).map(|row| self.row(*row))

@@ -23,6 +23,8 @@ use super::view::{Expected, Slot, View, World};
 pub const REASONS_PER_PLACEMENT_MAX: usize = 16;
 /// A shard expected to take less than this gets no reasons but its own device: looking at the others would take longer.
 const REASONS_WORTH_MS: u64 = 1_000;
+/// With more devices than this only those chosen get a reason: some of the others, picked by chance, would tell nobody anything.
+const REASONED_DEVICES_MAX: usize = 128;
 /// Shards of a pool that are planned one by one.
 const PLANNED_MAX: usize = 512;
 /// Steps of a plan (shards × requests × devices) that are worth it.
@@ -86,6 +88,8 @@ pub struct Round<'a> {
     held: BTreeMap<RowId, UnixMillis>,
     /// Shards of each run that this round starts.
     started: BTreeMap<RunId, u32>,
+    /// Where to look for the next shard of a request.
+    cursors: BTreeMap<RequestId, ShardId>,
     placements: Vec<Placement>,
 }
 
@@ -164,6 +168,7 @@ impl<'a> Round<'a> {
             overlay: BTreeMap::new(),
             held: BTreeMap::new(),
             started: BTreeMap::new(),
+            cursors: BTreeMap::new(),
             placements: Vec::new(),
         }
     }
@@ -176,17 +181,21 @@ impl<'a> Round<'a> {
         self.view.live.queue.request(id)
     }
 
-    /// The oldest shard of a request whose run may have one more running.
-    fn next_shard(&self, shards: &BTreeSet<ShardId>) -> Option<ShardId> {
-        let placed = |shard: &ShardId| self.placements.iter().any(|placement| placement.attempt.shard == *shard);
-        let mut from = ShardId { run: RunId(0), index: 0 };
+    /// The oldest shard of a request that this round has not placed and whose run may have one more running.
+    fn next_shard(&self, id: RequestId, shards: &BTreeSet<ShardId>) -> Option<ShardId> {
+        let mut from = self.cursors.get(&id).copied().unwrap_or(ShardId { run: RunId(0), index: 0 });
         loop {
-            let shard = *shards.range(from..).find(|shard| !placed(shard))?;
+            let shard = *shards.range(from..).next()?;
             if !self.is_capped(shard.run) {
                 return Some(shard);
             }
             from = ShardId { run: RunId(shard.run.0 + 1), index: 0 };
         }
+    }
+
+    /// Shards of a request up to this one are placed, or may not be.
+    fn pass(&mut self, id: RequestId, shard: ShardId) {
+        self.cursors.insert(id, ShardId { index: shard.index + 1, ..shard });
     }
 
     fn is_capped(&self, run: RunId) -> bool {
@@ -221,7 +230,7 @@ impl<'a> Round<'a> {
         if pool.shards > PLANNED_MAX || self.is_brief(pool) {
             return false;
         }
-        let devices = self.view.live.board.rows().count();
+        let devices = self.view.live.board.len();
         pool.shards.saturating_mul(pool.requests.len()).saturating_mul(devices.max(1)) <= PLAN_STEPS_MAX
     }
 }
@@ -294,12 +303,12 @@ impl Round<'_> {
         for row in self.candidates() {
             let kind = self.view.row(row).kind.0 as usize;
             for id in ranking.by_kind.get(kind).into_iter().flatten() {
-                while self.start(key, pool, *id, row) {
+                while !self.view.is_closed(self.row(row)) && self.start(key, pool, *id, row) {
                     if self.placements.len() >= limit {
                         return;
                     }
                 }
-                if self.row(row).lanes.len() >= self.row(row).slots(None) && self.row(row).ahead() > 0 {
+                if self.view.is_closed(self.row(row)) {
                     break;
                 }
             }
@@ -365,8 +374,9 @@ impl Round<'_> {
     fn start(&mut self, key: &PoolKey, pool: &Pool, id: RequestId, row: RowId) -> bool {
         let request = self.request(id);
         let Some(fit) = self.fit(row, request) else { return false };
-        let Some(shard) = pool.requests.get(&id).and_then(|shards| self.next_shard(shards)) else { return false };
+        let Some(shard) = pool.requests.get(&id).and_then(|shards| self.next_shard(id, shards)) else { return false };
         self.take(key, shard, request, &[(row, fit)]);
+        self.pass(id, shard);
         true
     }
 
@@ -475,7 +485,8 @@ impl Round<'_> {
             Rated { device: row.device.clone(), reason: Reason::Chosen { free_bytes, expected_ms, basis } }
         });
         let mut reasons: Vec<Rated> = chosen.collect();
-        let worth = fits.iter().any(|(_, fit)| fit.expected.ms >= REASONS_WORTH_MS);
+        let few = self.view.live.board.len() <= REASONED_DEVICES_MAX;
+        let worth = few && fits.iter().any(|(_, fit)| fit.expected.ms >= REASONS_WORTH_MS);
         if worth && let Some(seat) = request.seats.first() {
             let others = self.view.live.board.rows().filter(|(id, _)| fits.iter().all(|(taken, _)| taken != id));
             let left = REASONS_PER_PLACEMENT_MAX.saturating_sub(reasons.len());

@@ -179,6 +179,13 @@ impl<'a> View<'a> {
         (bytes > free_bytes).then_some(Reason::MemoryShort { need_bytes: bytes, free_bytes })
     }
 
+    /// Whether nothing at all can be put on a device now, not even behind what it has: no need to look at any request.
+    pub fn is_closed(&self, row: &Row) -> bool {
+        let Some(telemetry) = self.telemetry(row) else { return true };
+        let busy = !row.has_slot(Some(1), None) || self.is_saturated(row, telemetry);
+        busy && row.lanes.values().all(|lane| lane.until.since_ms(self.now) >= AHEAD_MS)
+    }
+
     /// Whether a card has no time to spare for a further shard, as far as known.
     fn is_saturated(&self, row: &Row, telemetry: &Telemetry) -> bool {
         let shared = row.body.kind == DeviceKind::Cuda && !row.lanes.is_empty();

@@ -19,14 +19,15 @@ impl Round<'_> {
             if !request.is_gang() {
                 continue;
             }
-            while let Some(shard) = self.next_shard(shards) {
+            while let Some(shard) = self.next_shard(*id, shards) {
                 if self.placements.len() >= limit {
                     return;
                 }
                 let Some(fits) = self.gang(request, World::Now) else { break };
                 self.take(key, shard, request, &fits);
+                self.pass(*id, shard);
             }
-            let left = self.next_shard(shards).is_some();
+            let left = self.next_shard(*id, shards).is_some();
             if left && self.held.is_empty() && self.placements.is_empty() {
                 self.hold_for(request);
             }

@@ -15,8 +15,10 @@ use crate::scheduler::request::seat_class;
 use crate::scheduler::throughput::{Basis, Estimate, Prior, Table};
 use crate::scheduler::{Answer, Input, NewRun, Scheduler};
 
-/// Forecasts drawn for the spread of a plan's time: enough for the tenths at either end.
-const DRAWS: u64 = 20;
+/// Most forecasts drawn for the spread of a plan's time: enough for the tenths at either end.
+const DRAWS_MAX: u64 = 20;
+/// Shards in all forecasts of a plan: those of a large sweep are drawn less often, so that who asks need not wait for minutes.
+const DRAWN_SHARDS: u64 = 40_000;
 /// Longest time that a forecast looks ahead, milliseconds: a year.
 const HORIZON_MS: u64 = 365 * 24 * 3600 * 1000;
 /// Draw of a device that says nothing of its power, watts.
@@ -103,7 +105,9 @@ pub fn what_if(scheduler: &Scheduler, add: &[Extra], remove: &[WorkerId]) -> Sch
 /// Plans `run` on the cluster of `scheduler`, behind what waits and runs there; `None` for what waits and runs already.
 pub fn plan(scheduler: &Scheduler, run: Option<&NewRun>) -> Plan {
     let (plan, expected) = forecast(scheduler, run, 0);
-    let mut spans: Vec<u64> = (1..=DRAWS).filter_map(|seed| forecast(scheduler, run, seed).1).collect();
+    let shards = run.map_or(0, |run| run.specs.len() as u64) + scheduler.live().queue.len() as u64;
+    let draws = (DRAWN_SHARDS / shards.max(1)).clamp(2, DRAWS_MAX);
+    let mut spans: Vec<u64> = (1..=draws).filter_map(|seed| forecast(scheduler, run, seed).1).collect();
     spans.sort_unstable();
     let tenth = |tenths: usize| spans.get((spans.len() * tenths / 10).min(spans.len().saturating_sub(1))).copied();
     Plan { makespan_ms: expected, makespan_spread_ms: tenth(1).zip(tenth(9)), ..plan }

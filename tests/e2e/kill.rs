@@ -51,7 +51,9 @@ fn mid_run(cluster: &Cluster, run: &str, worker: Option<&str>) -> Finished {
             let seats = rows(shard, "seats");
             shard["state"] == "running"
                 && seats.iter().any(|seat| {
-                    seat["progress"]["done"].as_u64() > Some(0) && worker.is_none_or(|worker| seat["worker"] == worker)
+                    seat["progress"]["done"].as_u64() > Some(0)
+                        && seat["finished"] == false
+                        && worker.is_none_or(|worker| seat["worker"] == worker)
                 })
         };
         let done = finished(&shards);

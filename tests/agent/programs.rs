@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
-use std::time::{Duration, Instant};
 
 use protocol::control::{
     FailureKind, SeatFailed, SeatFinished, SeatSettled, SeatWrote, StartSeat, ToCoordinator, ToWorker,
@@ -12,7 +11,7 @@ use protocol::ids::{AttemptId, DeviceId, Fence, Role, RunId, ShardId};
 use protocol::store::Store;
 use protocol::time::UnixMillis;
 
-use crate::support::{Hub, PATIENCE, Session, TestAuthority, TestBox, loopback, until_async, welcome};
+use crate::support::{Hub, Session, TestAuthority, TestBox, loopback, until_async, welcome};
 
 /// Seats sent ahead in one lane.
 const AHEAD: usize = 256;
@@ -243,29 +242,4 @@ async fn kill_9_of_the_agent_ends_its_programs() {
         stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with('Z'))
     })
     .await;
-}
-
-/// Not a test: how fast the agent is, with a coordinator that does nothing else.
-/// `BONEPILE_RATE_SHARDS=20000 cargo test -p worker --test agent --release rates -- --ignored --nocapture`
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement"]
-async fn rates() {
-    let shards: u32 = std::env::var("BONEPILE_RATE_SHARDS").map_or(5000, |text| text.parse().unwrap());
-    let mut bench = Bench::new();
-    let mut session = bench.session(&["--allow-commands"]).await;
-    for (name, lanes, spec) in [("no-op", 1, no_op(0)), ("/bin/true", 2, program(&["/bin/true"]))] {
-        let all = (0..shards).map(|index| (index, spec.clone()));
-        let mut queues = vec![VecDeque::new(); lanes];
-        all.for_each(|shard| queues[shard.0 as usize % lanes].push_back(shard));
-        let mut feeder = Feeder::new(queues);
-        feeder.fence = 1_000_000 * lanes as u64;
-        let begun = Instant::now();
-        tokio::time::timeout(10 * PATIENCE, feeder.feed(&mut session, shards as usize)).await.unwrap();
-        let took: Duration = begun.elapsed();
-        eprintln!(
-            "{shards} x {name}, {lanes} lanes: {took:.2?}, {:.0} a second",
-            f64::from(shards) / took.as_secs_f64()
-        );
-    }
-    bench.is_clean().await;
 }

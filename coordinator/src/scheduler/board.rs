@@ -83,8 +83,6 @@ pub struct Board {
     seats: BTreeMap<(AttemptId, Role), (RowId, u32)>,
     /// Rows to look at in the next pass: something about them changed.
     dirty: BTreeSet<RowId>,
-    /// Rows that might take more.
-    open: BTreeSet<RowId>,
 }
 
 impl Board {
@@ -145,14 +143,12 @@ impl Board {
     pub fn touch(&mut self, worker: WorkerId) {
         for row in self.by_worker.get(&worker).into_iter().flatten() {
             self.dirty.insert(*row);
-            self.open.insert(*row);
         }
     }
 
     /// Every device is to be looked at again.
     pub fn touch_all(&mut self) {
         let all = (0..self.rows.len()).map(|row| RowId(u32::try_from(row).unwrap_or(u32::MAX)));
-        self.open.extend(all.clone());
         self.dirty.extend(all);
     }
 
@@ -180,7 +176,6 @@ impl Board {
             }
         }
         self.dirty.insert(row);
-        self.open.insert(row);
     }
 
     /// Takes every seat of an attempt out.
@@ -218,16 +213,6 @@ impl Board {
     /// Rows changed since the last call.
     pub fn take_dirty(&mut self) -> BTreeSet<RowId> {
         std::mem::take(&mut self.dirty)
-    }
-
-    /// Rows that may have room.
-    pub fn open(&self) -> &BTreeSet<RowId> {
-        &self.open
-    }
-
-    /// A row has no room: nothing to look at until something leaves it.
-    pub fn close(&mut self, row: RowId) {
-        self.open.remove(&row);
     }
 
     /// A device model's name.

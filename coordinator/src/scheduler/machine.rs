@@ -14,6 +14,7 @@ use super::event::{AttemptPlaced, Event, Record};
 use super::input::{Answer, Effect, Input, Rejection};
 use super::live::Live;
 use super::placement::{Placement, Round, Scope};
+use super::queue::PoolKey;
 use super::state::State;
 use super::timer::Timer;
 use super::view::View;
@@ -205,6 +206,10 @@ impl Scheduler {
             }
             placements.into_iter().for_each(|placement| self.place(placement, false));
         }
+        // What was planned for shards that are all placed or cancelled explains nothing any more.
+        let waits = |key: &PoolKey| self.live.queue.pool(key).is_some_and(|pool| pool.shards > 0);
+        plans.retain(|key, _| waits(key));
+        rankings.retain(|key, _| waits(key));
         self.live.plans = plans;
         self.live.rankings = rankings;
     }

@@ -206,12 +206,10 @@ impl<'a> Round<'a> {
 
     /// Rows that may take something, in the order of joining.
     fn candidates(&self) -> Vec<RowId> {
-        let open = self.view.live.board.open();
-        let rows: Vec<RowId> = match self.scope {
-            Scope::All => open.iter().copied().collect(),
-            Scope::Rows(rows) => rows.iter().filter(|row| open.contains(row)).copied().collect(),
-        };
-        rows
+        match self.scope {
+            Scope::All => self.view.live.board.rows().map(|(id, _)| id).collect(),
+            Scope::Rows(rows) => rows.iter().filter(|row| !self.view.row(**row).gone).copied().collect(),
+        }
     }
 
     /// Whether every shard of the pool is over sooner than a plan for it would be worth.

@@ -37,6 +37,8 @@ messages! {
         0x0105 Upload(Upload),
         /// What a running seat's program has written.
         0x0106 SeatWrote(SeatWrote),
+        /// First on a stream for bytes of the store.
+        0x0107 Download(Download),
     }
 }
 
@@ -57,6 +59,8 @@ messages! {
         0x0206 Refused(Refused),
         /// Answer on an upload stream.
         0x0207 UploadAnswer(UploadAnswer),
+        /// Answer to [`Download`]; the bytes follow.
+        0x0208 DownloadAnswer(DownloadAnswer),
     }
 }
 
@@ -283,6 +287,8 @@ pub enum FailureKind {
     DeviceSick,
     /// The box was told that it will be taken away.
     Preempted,
+    /// An artifact that the seat needs could not be had.
+    InputMissing,
     /// A number this build does not know.
     Unknown(u16),
 }
@@ -299,7 +305,7 @@ pub enum Retry {
 }
 
 impl FailureKind {
-    const TABLE: [(u16, Self, &'static str, Retry); 18] = [
+    const TABLE: [(u16, Self, &'static str, Retry); 19] = [
         (1, Self::ExecutorLost, "executor lost", Retry::Elsewhere),
         (2, Self::OutOfMemory, "out of memory", Retry::Elsewhere),
         (3, Self::ModelMissing, "model missing", Retry::Elsewhere),
@@ -318,6 +324,7 @@ impl FailureKind {
         (16, Self::NoKernel, "no kernel", Retry::Free),
         (17, Self::DeviceSick, "device sick", Retry::Free),
         (18, Self::Preempted, "preempted", Retry::Free),
+        (19, Self::InputMissing, "input missing", Retry::Elsewhere),
     ];
 
     fn row(self) -> Option<&'static (u16, Self, &'static str, Retry)> {
@@ -373,6 +380,24 @@ pub struct UploadAnswer {
     pub refused: Option<String>,
 }
 
+/// A worker without the store's mount wants an artifact that a seat of its needs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Download {
+    /// The attempt that needs it.
+    pub attempt: AttemptId,
+    /// Its name.
+    pub hash: ArtifactHash,
+}
+
+/// What comes of a download.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DownloadAnswer {
+    /// `None`: the bytes follow on this stream. Otherwise why not.
+    pub refused: Option<String>,
+    /// Their number.
+    pub bytes: u64,
+}
+
 /// The coordinator's answer to a greeting.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Welcome {
@@ -414,6 +439,8 @@ pub struct StartSeat {
     pub spec: ShardSpec,
     /// All seats of the attempt, this one too: who may send to whom.
     pub seats: Vec<SeatAddress>,
+    /// Artifacts that it needs, by the names under which it knows them.
+    pub inputs: Vec<Output>,
 }
 
 /// Where a seat of an attempt sits, and how its worker is known.

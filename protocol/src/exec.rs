@@ -20,6 +20,8 @@ messages! {
         0x0402 PacketArrived(PacketFile),
         /// Stop the attempt at the next step.
         0x0403 StopSeat(StopSeat),
+        /// A packet of this seat has reached the other, and its file is gone.
+        0x0404 PacketSent(PacketKey),
     }
 }
 
@@ -36,6 +38,8 @@ messages! {
         0x0484 Finished(Finished),
         /// The seat's part failed.
         0x0485 Failed(Failed),
+        /// A packet was read and its file is not needed any more.
+        0x0486 PacketUsed(PacketKey),
     }
 }
 
@@ -52,6 +56,8 @@ pub struct RunSeat {
     pub directory: String,
     /// Models of the spec on this box.
     pub models: Vec<ModelFile>,
+    /// Artifacts that it needs: (name by which the spec knows it, path).
+    pub inputs: Vec<(String, String)>,
 }
 
 /// A model on this box.
@@ -74,6 +80,15 @@ pub struct PacketFile {
     pub key: String,
     /// Where it lies.
     pub path: String,
+}
+
+/// A packet by name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PacketKey {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// Its name.
+    pub key: String,
 }
 
 /// Stop an attempt.

@@ -2,10 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::experiment::projector::TrainSpec;
 use crate::hardware::{ComputeCapability, DeviceKind};
 
 /// The shards of one `[[experiment]]`, which lie one behind the other in their run.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Group {
     /// Its name in the sweep; empty if it has none.
     pub name: String,
@@ -17,6 +18,10 @@ pub struct Group {
     pub after: Vec<u32>,
     /// What its devices must be.
     pub require: Require,
+    /// Trainings of which the scheduler makes rounds, one a cell of the matrix; their stage is
+    /// [`crate::experiment::projector::Stage::Whole`]. An experiment has either these or shards.
+    #[serde(default)]
+    pub trainings: Vec<TrainSpec>,
 }
 
 /// What a device must be to be given a seat. The default asks for nothing.

@@ -38,7 +38,7 @@ pub(super) fn read(table: &mut TableReader<'_>, earlier: &[Group], first: u32) -
         }
         None => Require::default(),
     };
-    Ok(Group { name, first, count: 0, after, require })
+    Ok(Group { name, first, count: 0, after, require, trainings: Vec::new() })
 }
 
 /// `labels`, `prefer` (lists of `name=value`), `device` (cpu, cuda), `model` (part of the product name), `capability`

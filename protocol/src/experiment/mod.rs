@@ -1,7 +1,10 @@
 //! Experiment kinds and what one shard of each is asked to do. The procedures live in the worker, the files in [`crate::sweep`].
 
+pub mod projector;
+
 use serde::{Deserialize, Serialize};
 
+use self::projector::{EvalSpec, TrainSpec};
 use crate::ids::Role;
 
 /// What one shard does: the kind with its parameters, complete, so that two equal specs mean the same computation.
@@ -16,6 +19,10 @@ pub enum ShardSpec {
     Command(Box<CommandSpec>),
     /// Nothing: placed, started, finished and committed like any other shard, so that the machinery itself can be measured.
     NoOp(NoOpSpec),
+    /// Part of the training of a projector (E4, E5).
+    ProjectorTrain(Box<TrainSpec>),
+    /// What a projector carries (E4).
+    ProjectorEval(Box<EvalSpec>),
 }
 
 impl ShardSpec {
@@ -26,23 +33,39 @@ impl ShardSpec {
             Self::Transfer(_) => "transfer",
             Self::Command(_) => "command",
             Self::NoOp(_) => "no-op",
+            Self::ProjectorTrain(_) => "projector-train",
+            Self::ProjectorEval(_) => "projector-eval",
         }
     }
 
-    /// Names of the models that every seat must have.
-    pub fn models(&self) -> Vec<&str> {
+    /// Names of the models that a seat must have.
+    pub fn models_of(&self, role: Role) -> Vec<&str> {
         match self {
             Self::Inspect(spec) => vec![&spec.model],
             Self::Transfer(spec) => vec![&spec.model],
+            Self::ProjectorTrain(spec) => spec.models(role),
+            Self::ProjectorEval(spec) => spec.models(role),
             Self::Command(_) | Self::NoOp(_) => Vec::new(),
         }
+    }
+
+    /// Names of the models of all seats, each once.
+    pub fn models(&self) -> Vec<&str> {
+        let mut models = Vec::new();
+        for model in self.roles().iter().flat_map(|role| self.models_of(*role)) {
+            if !models.contains(&model) {
+                models.push(model);
+            }
+        }
+        models
     }
 
     /// The seats, in the order they are placed.
     pub fn roles(&self) -> &'static [Role] {
         match self {
             Self::Inspect(_) | Self::Command(_) | Self::NoOp(_) => &[Role::Main],
-            Self::Transfer(_) => &[Role::Source, Role::Target],
+            Self::Transfer(_) | Self::ProjectorEval(_) => &[Role::Source, Role::Target],
+            Self::ProjectorTrain(spec) => spec.stage.roles(),
         }
     }
 
@@ -51,6 +74,8 @@ impl ShardSpec {
         match self {
             Self::Inspect(_) | Self::Command(_) | Self::NoOp(_) => Spread::Any,
             Self::Transfer(spec) => spec.spread,
+            Self::ProjectorTrain(spec) => spec.spread,
+            Self::ProjectorEval(spec) => spec.spread,
         }
     }
 
@@ -63,6 +88,8 @@ impl ShardSpec {
             }
             Self::Command(spec) => format!("command {}", spec.argv.join(" ")),
             Self::NoOp(spec) => format!("no-op {}", spec.index),
+            Self::ProjectorTrain(spec) => spec.summary(),
+            Self::ProjectorEval(spec) => spec.summary(),
         }
     }
 
@@ -74,16 +101,20 @@ impl ShardSpec {
             Self::Transfer(spec) => format!("transfer/{}/conditions={}", spec.model, spec.conditions.len()),
             Self::Command(spec) => format!("command/{}", spec.class),
             Self::NoOp(_) => "no-op".to_owned(),
+            Self::ProjectorTrain(spec) => spec.work_class(),
+            Self::ProjectorEval(spec) => spec.work_class(),
         }
     }
 
-    /// Units of work: texts of an inspection, facts of a transfer, what a command declares.
+    /// Units of work: texts of an inspection, facts of a transfer, samples of a training, what a command declares.
     pub fn work_units(&self) -> u32 {
         match self {
             Self::Inspect(spec) => spec.texts,
             Self::Transfer(spec) => spec.facts,
             Self::Command(spec) => spec.work,
             Self::NoOp(_) => 1,
+            Self::ProjectorTrain(spec) => spec.work_units(),
+            Self::ProjectorEval(spec) => spec.facts,
         }
         .max(1)
     }
@@ -91,7 +122,7 @@ impl ShardSpec {
     /// Compute threads that a seat takes of a processor; `None`: all of them.
     pub fn threads(&self) -> Option<u32> {
         match self {
-            Self::Inspect(_) | Self::Transfer(_) => None,
+            Self::Inspect(_) | Self::Transfer(_) | Self::ProjectorTrain(_) | Self::ProjectorEval(_) => None,
             Self::Command(spec) => Some(spec.threads),
             Self::NoOp(_) => Some(1),
         }

@@ -1,0 +1,579 @@
+//! Projectors: training one from the caches of two models, and measuring what it carries.
+//!
+//! A training is more than one shard: [`TrainSpec::stage`] says which part a shard is. A ridge projector is sums over samples,
+//! which any shards make in any order, and one solution. A fuser is trained in rounds: replicas step from the same weights on
+//! samples of their own, and one outer step makes the next weights. The scheduler opens one round when the one before has
+//! committed, so a shard's inputs are artifacts that exist, named by content.
+
+use serde::{Deserialize, Serialize};
+
+use super::{ShardSpec, Spread};
+use crate::control::Output;
+use crate::ids::Role;
+
+/// Name of the trained projector among a shard's artifacts, and among the inputs of a shard that uses it.
+pub const PROJECTOR: &str = "projector.safetensors";
+/// The same for the control that was trained on shuffled pairs.
+pub const SHUFFLED: &str = "shuffled.safetensors";
+/// Name of a ridge shard's sums.
+pub const STATISTICS: &str = "statistics.safetensors";
+/// Name of what a replica's local steps changed.
+pub const DELTA: &str = "delta.safetensors";
+
+/// What one shard of kind `projector-train` does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainSpec {
+    /// Name of the model whose caches come in ([`crate::model_name`]).
+    pub source: String,
+    /// Name of the model that continues with them.
+    pub target: String,
+    /// What both read.
+    pub corpus: Corpus,
+    /// Which layers of the source each layer of the target is made from.
+    pub layers: LayerMap,
+    /// What is trained, and how.
+    pub method: Method,
+    /// Which part of the training this shard is.
+    pub stage: Stage,
+    /// Where source and target sit.
+    pub spread: Spread,
+    /// Seed of the corpus, of the order of its samples, and of weights.
+    pub seed: u64,
+}
+
+/// Which part of a training a shard is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// The whole training, as a sweep asks for it: no shard does this, the scheduler makes rounds of it.
+    Whole {
+        /// Shards of statistics, or replicas of a round at most.
+        shards: u32,
+    },
+    /// Ridge: sums over samples; seats source and target; makes [`STATISTICS`].
+    Statistics(Samples),
+    /// Ridge: adds the parts up in the order of their samples and solves; makes [`PROJECTOR`] and [`SHUFFLED`].
+    Solve {
+        /// Statistics, by first sample.
+        parts: Vec<Output>,
+    },
+    /// Fuser: local steps of one replica; seats source and target; makes [`DELTA`].
+    Steps {
+        /// Round, from 0.
+        round: u32,
+        /// Place among the round's replicas, from 0.
+        replica: u32,
+        /// What it steps over.
+        samples: Samples,
+        /// The weights that the round starts from; `None`: those of the recipe.
+        start: Option<Output>,
+    },
+    /// Fuser: the outer step of a round; makes [`PROJECTOR`], from which the next round starts.
+    Outer {
+        /// Round, from 0.
+        round: u32,
+        /// Samples of all rounds up to this one.
+        counted: u64,
+        /// Rounds that are expected in all, by which the outer step's size is chosen.
+        rounds: u32,
+        /// The weights that the round started from.
+        start: Option<Output>,
+        /// What each replica's steps changed, by replica, with the samples that stand behind it.
+        deltas: Vec<(Output, u32)>,
+    },
+}
+
+/// A range in the order of a corpus, which is another permutation in each epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Samples {
+    /// First place, counted over epochs: `epoch * samples of the corpus + place in the epoch`.
+    pub first: u64,
+    /// Places.
+    pub count: u32,
+}
+
+/// What both models read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Corpus {
+    /// Where it comes from.
+    pub text: CorpusText,
+    /// Samples of an epoch, 1 or more. Files with fewer are an error, with more are cut.
+    pub samples: u32,
+}
+
+/// Where a corpus comes from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CorpusText {
+    /// Sentences that the project makes up about people and where they live, and a question about each.
+    Couriers(Couriers),
+    /// Files of text: `.txt` in paragraphs, `.jsonl` with a `text` or with `messages` a line. Absolute paths on the boxes, or
+    /// `artifact:HASH` of the store, of which the name's ending is told by `#name.jsonl`.
+    Files(Vec<String>),
+}
+
+/// How broad made-up sentences are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Couriers {
+    /// Different values (places) that occur, 8 or more; the eight of the evaluation's tier *seen* are always among them.
+    pub values: u32,
+    /// Different subjects (names) that occur, 2 or more; none of the evaluation's.
+    pub names: u32,
+    /// Different wordings, 1 or more; the first is the evaluation's.
+    pub wordings: u32,
+    /// Percentage of samples with two persons, 0–100.
+    pub pairs_percent: u32,
+}
+
+/// Which layers of the source a layer of the target is made from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LayerMap {
+    /// The deepest from the deepest, the one before from the one before; layers that are left over in front from the first.
+    LastAligned,
+    /// The `n` nearest by relative depth.
+    Proportional(u32),
+    /// A list for each target layer, of source layers.
+    Given(Vec<Vec<u32>>),
+}
+
+/// What is trained, and how.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// One matrix a layer, in closed form.
+    Ridge(RidgeRecipe),
+    /// C2C's fuser, by gradient descent.
+    Fuser(Box<FuserRecipe>),
+}
+
+/// How a ridge projector is solved for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RidgeRecipe {
+    /// Regularisations tried, in units of standardised features; the best on held-out samples is taken, layer by layer.
+    pub lambdas: Vec<f64>,
+    /// Part of the samples' groups (an entity never lies on both sides) held out to choose by, percent, 5–50.
+    pub held_out_percent: u32,
+}
+
+/// How a fuser is trained.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FuserRecipe {
+    /// Who has read what.
+    pub regime: Regime,
+    /// Width h of its hidden layers.
+    pub hidden: u32,
+    /// Layers m, 3 or more.
+    pub depth: u32,
+    /// The projector whose output it refines; `None`: from the target's neutral cache.
+    pub base: Option<ProjectorRef>,
+    /// Trained on the pairs as they are, or as a control.
+    pub pairs: Pairs,
+    /// What is made small.
+    pub loss: Loss,
+    /// Passes over the corpus, 1 or more.
+    pub epochs: u32,
+    /// Samples of an optimiser step.
+    pub batch: u32,
+    /// Samples of a pass; gradients of several are added up to a batch.
+    pub micro_batch: u32,
+    /// Largest learning rate.
+    pub learning_rate: f64,
+    /// Share of the steps that it takes to get there, 0–1.
+    pub warmup: f64,
+    /// How it goes down from there.
+    pub schedule: Schedule,
+    /// AdamW's decay, of matrices.
+    pub weight_decay: f64,
+    /// Longest gradient, L2; 0: any.
+    pub clip: f64,
+    /// Probability that a number is dropped, 0–1.
+    pub dropout: f64,
+    /// Logit that gates start from; above 0 they are open in use.
+    pub gate_start: f64,
+    /// Temperature of the gates at the end, from 1 at the start.
+    pub temperature_end: f64,
+    /// Format of the fuser's products; weights, moments and sums stay f32.
+    pub precision: Precision,
+    /// Activations are computed again on the way back rather than kept.
+    pub checkpointing: bool,
+    /// Optimiser steps of a typical replica between two outer steps, 1–64.
+    pub local_steps: u32,
+    /// Deltas are sent as int8 in blocks of 256; otherwise as f32.
+    pub quantise: bool,
+    /// Learning rate and momentum of the outer step; `None`: by the number of rounds.
+    pub outer: Option<(f64, f64)>,
+    /// Samples on which weights are validated at the start of each round, with the right and with another sample's cache.
+    pub validate: u32,
+}
+
+/// Who has read the text that the source's cache is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Regime {
+    /// Only the source.
+    Unaware,
+    /// Both, as published.
+    Aware,
+}
+
+/// Which source cache goes with which target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pairs {
+    /// Those of the same sample.
+    Matched,
+    /// Those of another sample: the control.
+    Shuffled,
+}
+
+/// What training makes small.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Loss {
+    /// Cross-entropy of the continuation's tokens, as published.
+    NextToken,
+    /// Cross-entropy to what the target itself predicts with its native cache.
+    Distil,
+}
+
+/// How the learning rate goes down after warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Schedule {
+    /// It does not.
+    Constant,
+    /// To 0 in a straight line.
+    Linear,
+    /// To 0 along half a cosine.
+    Cosine,
+}
+
+/// Number format of a product's operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// 32 bits.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half; losses are scaled.
+    F16,
+}
+
+/// Which projector is meant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ProjectorRef {
+    /// What a training of the same run makes, by its place among the run's trainings.
+    Trained(u32),
+    /// An artifact.
+    Artifact(Output),
+}
+
+/// What one shard of kind `projector-eval` does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvalSpec {
+    /// Name of the model whose caches come in.
+    pub source: String,
+    /// Name of the model that continues with them.
+    pub target: String,
+    /// What is measured.
+    pub projector: ProjectorRef,
+    /// The same trained on shuffled pairs; a ridge projector brings its own.
+    pub shuffled: Option<ProjectorRef>,
+    /// How hard the facts are for it.
+    pub tier: Tier,
+    /// Index of the first fact.
+    pub first_fact: u32,
+    /// Number of facts, 2 or more: another subject's cache comes from the same shard.
+    pub facts: u32,
+    /// Conditions scored, in this order; the native cache is always computed.
+    pub conditions: Vec<Projected>,
+    /// Longest answer generated, tokens, 1–64.
+    pub answer_tokens: u32,
+    /// Where the two seats sit.
+    pub spread: Spread,
+    /// Seed of the facts.
+    pub seed: u64,
+}
+
+/// How hard a fact is for a projector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tier {
+    /// A person that training has not seen, in a place that it has.
+    Seen,
+    /// A person and a place that training has not seen.
+    Unseen,
+    /// Two persons in one sentence, in different places that training has seen; one is asked for.
+    Binding,
+}
+
+impl Tier {
+    /// Every tier.
+    pub const ALL: [Self; 3] = [Self::Seen, Self::Unseen, Self::Binding];
+}
+
+impl std::fmt::Display for Tier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Seen => "seen",
+            Self::Unseen => "unseen",
+            Self::Binding => "binding",
+        })
+    }
+}
+
+/// What the target is given before it reads the question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Projected {
+    /// Its own cache of the text: the oracle.
+    Native,
+    /// Nothing.
+    NoContext,
+    /// The source's cache as it is, cut or padded to shape.
+    RawCopy,
+    /// The source's cache through the projector.
+    Projected,
+    /// Another subject's cache through the projector.
+    Mismatched,
+    /// The source's cache through the projector that was trained on shuffled pairs.
+    Shuffled,
+    /// What the source wrote when asked to pass on what it read.
+    TextRelay,
+}
+
+impl Projected {
+    /// Every condition.
+    pub const ALL: [Self; 7] = [
+        Self::Native,
+        Self::NoContext,
+        Self::RawCopy,
+        Self::Projected,
+        Self::Mismatched,
+        Self::Shuffled,
+        Self::TextRelay,
+    ];
+}
+
+impl std::fmt::Display for Projected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Native => "native",
+            Self::NoContext => "no-context",
+            Self::RawCopy => "raw-copy",
+            Self::Projected => "projected",
+            Self::Mismatched => "mismatched",
+            Self::Shuffled => "shuffled",
+            Self::TextRelay => "text-relay",
+        })
+    }
+}
+
+impl std::str::FromStr for Projected {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::ALL.into_iter().find(|condition| condition.to_string() == text).ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(ToString::to_string).collect();
+            format!("unknown condition `{text}`; expected one of {}", names.join(", "))
+        })
+    }
+}
+
+impl std::str::FromStr for Tier {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::ALL
+            .into_iter()
+            .find(|tier| tier.to_string() == text)
+            .ok_or_else(|| format!("unknown tier `{text}`; expected one of seen, unseen, binding"))
+    }
+}
+
+/// An artifact that a shard needs before it can start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Need {
+    /// By which name the shard knows it.
+    pub name: String,
+    /// Which it is.
+    pub what: Needed,
+}
+
+/// Which artifact a shard needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Needed {
+    /// This one.
+    Artifact(Output),
+    /// One that the last round of a training of the same run made.
+    Trained {
+        /// Place among the run's trainings.
+        training: u32,
+        /// Its name there.
+        output: &'static str,
+        /// Not every training makes it.
+        optional: bool,
+    },
+}
+
+impl ProjectorRef {
+    fn need(&self, name: &str, output: &'static str, optional: bool) -> Need {
+        let what = match self {
+            Self::Trained(training) => Needed::Trained { training: *training, output, optional },
+            Self::Artifact(artifact) => Needed::Artifact(artifact.clone()),
+        };
+        Need { name: name.to_owned(), what }
+    }
+}
+
+impl Stage {
+    /// The seats.
+    pub fn roles(&self) -> &'static [Role] {
+        match self {
+            Self::Statistics(_) | Self::Steps { .. } => &[Role::Source, Role::Target],
+            Self::Whole { .. } | Self::Solve { .. } | Self::Outer { .. } => &[Role::Main],
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Whole { .. } => "whole",
+            Self::Statistics(_) => "statistics",
+            Self::Solve { .. } => "solve",
+            Self::Steps { .. } => "steps",
+            Self::Outer { .. } => "outer",
+        }
+    }
+}
+
+impl TrainSpec {
+    /// The same training at another stage.
+    #[must_use]
+    pub fn at(&self, stage: Stage) -> Self {
+        Self { stage, ..self.clone() }
+    }
+
+    /// Samples of all epochs.
+    pub fn samples(&self) -> u64 {
+        let epochs = match &self.method {
+            Method::Ridge(_) => 1,
+            Method::Fuser(recipe) => recipe.epochs,
+        };
+        u64::from(self.corpus.samples) * u64::from(epochs)
+    }
+
+    /// Models that a seat must have.
+    pub(super) fn models(&self, role: Role) -> Vec<&str> {
+        match role {
+            Role::Source => vec![&self.source],
+            Role::Target => vec![&self.target],
+            Role::Main => Vec::new(),
+        }
+    }
+
+    pub(super) fn needs(&self) -> Vec<Need> {
+        let artifact = |output: &Output, name: String| Need { name, what: Needed::Artifact(output.clone()) };
+        let mut needs = match &self.stage {
+            Stage::Whole { .. } | Stage::Statistics(_) => Vec::new(),
+            Stage::Solve { parts } => {
+                parts.iter().enumerate().map(|(i, part)| artifact(part, format!("{i}-{STATISTICS}"))).collect()
+            }
+            Stage::Steps { start, .. } => {
+                start.iter().map(|start| artifact(start, PROJECTOR.to_owned())).collect::<Vec<_>>()
+            }
+            Stage::Outer { start, deltas, .. } => {
+                let deltas = deltas.iter().enumerate();
+                let deltas = deltas.map(|(i, (delta, _))| artifact(delta, format!("{i}-{DELTA}")));
+                start.iter().map(|start| artifact(start, PROJECTOR.to_owned())).chain(deltas).collect()
+            }
+        };
+        let first = matches!(&self.stage, Stage::Steps { start: None, .. } | Stage::Outer { start: None, .. });
+        if let (Method::Fuser(recipe), true) = (&self.method, first) {
+            let (name, output) = match recipe.pairs {
+                Pairs::Matched => (BASE, PROJECTOR),
+                Pairs::Shuffled => (BASE, SHUFFLED),
+            };
+            needs.extend(recipe.base.as_ref().map(|base| base.need(name, output, false)));
+        }
+        needs
+    }
+
+    pub(super) fn summary(&self) -> String {
+        let (source, target) = (&self.source, &self.target);
+        let range = |samples: &Samples| format!("{}..{}", samples.first, samples.first + u64::from(samples.count));
+        let what = match &self.stage {
+            Stage::Whole { shards } => format!("{} samples in {shards}", self.samples()),
+            Stage::Statistics(samples) => format!("statistics {}", range(samples)),
+            Stage::Solve { parts } => format!("solve {} parts", parts.len()),
+            Stage::Steps { round, replica, samples, .. } => {
+                format!("round {round} replica {replica} samples {}", range(samples))
+            }
+            Stage::Outer { round, deltas, .. } => format!("round {round} outer step of {}", deltas.len()),
+        };
+        format!("projector-train {source} -> {target}: {what}")
+    }
+
+    pub(super) fn work_class(&self) -> String {
+        let width = match &self.method {
+            Method::Ridge(_) => "ridge".to_owned(),
+            Method::Fuser(recipe) => format!("fuser={}", recipe.hidden),
+        };
+        format!("projector-train/{}/{}/{width}/{}", self.source, self.target, self.stage.name())
+    }
+
+    pub(super) fn work_units(&self) -> u32 {
+        match &self.stage {
+            Stage::Whole { .. } => 1,
+            Stage::Statistics(samples) | Stage::Steps { samples, .. } => samples.count,
+            Stage::Solve { .. } => 1,
+            Stage::Outer { .. } => 1,
+        }
+    }
+}
+
+/// Name of the projector that a fuser refines, among its first round's inputs.
+pub const BASE: &str = "base.safetensors";
+
+impl EvalSpec {
+    pub(super) fn models(&self, role: Role) -> Vec<&str> {
+        match role {
+            Role::Source => vec![&self.source],
+            Role::Target => vec![&self.target],
+            Role::Main => Vec::new(),
+        }
+    }
+
+    pub(super) fn needs(&self) -> Vec<Need> {
+        let control = match &self.shuffled {
+            Some(own) => Some(own.need(SHUFFLED, PROJECTOR, false)),
+            None => match &self.projector {
+                ProjectorRef::Trained(_) => Some(self.projector.need(SHUFFLED, SHUFFLED, true)),
+                ProjectorRef::Artifact(_) => None,
+            },
+        };
+        [self.projector.need(PROJECTOR, PROJECTOR, false)].into_iter().chain(control).collect()
+    }
+
+    pub(super) fn summary(&self) -> String {
+        let Self { source, target, tier, first_fact, facts, .. } = self;
+        format!("projector-eval {source} -> {target} {tier} facts={first_fact}..{}", first_fact + facts)
+    }
+
+    pub(super) fn work_class(&self) -> String {
+        format!("projector-eval/{}/{}/conditions={}", self.source, self.target, self.conditions.len())
+    }
+}
+
+impl ShardSpec {
+    /// Artifacts that must exist before the shard can start, by the names under which it finds them.
+    pub fn needs(&self) -> Vec<Need> {
+        match self {
+            Self::ProjectorTrain(spec) => spec.needs(),
+            Self::ProjectorEval(spec) => spec.needs(),
+            Self::Inspect(_) | Self::Transfer(_) | Self::Command(_) | Self::NoOp(_) => Vec::new(),
+        }
+    }
+}

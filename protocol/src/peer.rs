@@ -67,6 +67,8 @@ pub struct Wait {
     pub retry_in_ms: u64,
     /// Why, for the log.
     pub reason: String,
+    /// The seat is there and works through what it has: worth waiting for however long that takes.
+    pub busy: bool,
 }
 
 /// No.

@@ -409,6 +409,7 @@ async fn two_agents_pass_a_packet_and_both_seats_finish() {
             path: model.to_string_lossy().into_owned(),
             fingerprint: None,
         }],
+        inputs: Vec::new(),
     });
     let rest = order.to_frame().unwrap().len() - 1;
     let copy = format!("head -c {rest} >/dev/null\nhead -c 1 >/dev/null\ncp '{}' \"$D/got\"", incoming.display());

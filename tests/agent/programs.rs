@@ -44,6 +44,7 @@ fn start(index: u32, fence: u64, lane: u32, spec: ShardSpec) -> StartSeat {
         lane,
         spec,
         seats: Vec::new(),
+        inputs: Vec::new(),
     }
 }
 

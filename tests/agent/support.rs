@@ -341,6 +341,7 @@ pub(crate) fn start_seat(fence: u64, role: Role) -> StartSeat {
         lane: 0,
         spec: ShardSpec::Inspect(spec),
         seats: Vec::new(),
+        inputs: Vec::new(),
     }
 }
 

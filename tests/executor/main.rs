@@ -112,6 +112,7 @@ impl Bench {
                 path: self.directory.path().join("tiny.gguf").to_str().unwrap().to_owned(),
                 fingerprint: None,
             }],
+            inputs: Vec::new(),
         }
     }
 }

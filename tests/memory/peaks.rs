@@ -154,7 +154,14 @@ fn order(model: &str, directory: &std::path::Path, role: Role, spec: ShardSpec) 
     std::fs::create_dir_all(&directory).unwrap();
     let path = model_file(model).unwrap().to_str().unwrap().to_owned();
     let models = vec![ModelFile { name: model.to_owned(), path, fingerprint: None }];
-    RunSeat { attempt: attempt(), role, spec, directory: directory.to_str().unwrap().to_owned(), models }
+    RunSeat {
+        attempt: attempt(),
+        role,
+        spec,
+        directory: directory.to_str().unwrap().to_owned(),
+        models,
+        inputs: Vec::new(),
+    }
 }
 
 /// Inspections, which keep a cache of each text. Texts have 23 to 29 tokens.

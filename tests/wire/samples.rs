@@ -1,12 +1,12 @@
 //! One value of every message, with every optional part present and every number different.
 
 use protocol::control::{
-    CancelSeat, Failure, FailureKind, FromAuthority, Heartbeat, HeartbeatAck, HeldSeat, Hello, Join, Joined, Output,
-    Refused, SeatAddress, SeatFailed, SeatFinished, SeatProgress, SeatSettled, SeatWrote, StartSeat, Terms,
-    ToAuthority, ToCoordinator, ToWorker, Upload, UploadAnswer, Usage, Welcome, refusal,
+    CancelSeat, Download, DownloadAnswer, Failure, FailureKind, FromAuthority, Heartbeat, HeartbeatAck, HeldSeat,
+    Hello, Join, Joined, Output, Refused, SeatAddress, SeatFailed, SeatFinished, SeatProgress, SeatSettled, SeatWrote,
+    StartSeat, Terms, ToAuthority, ToCoordinator, ToWorker, Upload, UploadAnswer, Usage, Welcome, refusal,
 };
 use protocol::exec::{
-    Failed, Finished, FromExecutor, ModelFile, PacketFile, Progressed, Ready, RunSeat, StopSeat, ToExecutor,
+    Failed, Finished, FromExecutor, ModelFile, PacketFile, PacketKey, Progressed, Ready, RunSeat, StopSeat, ToExecutor,
 };
 use protocol::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
 use protocol::frame::{FrameError, Header, Messages};
@@ -51,6 +51,7 @@ pub(crate) fn all() -> Vec<Sample> {
             ToCoordinator::SeatFailed(_) => "seat-failed",
             ToCoordinator::Upload(_) => "upload",
             ToCoordinator::SeatWrote(_) => "seat-wrote",
+            ToCoordinator::Download(_) => "download",
         };
         all.push(sample("to-coordinator", name, &message));
     }
@@ -63,6 +64,7 @@ pub(crate) fn all() -> Vec<Sample> {
             ToWorker::SeatSettled(_) => "seat-settled",
             ToWorker::Refused(_) => "refused",
             ToWorker::UploadAnswer(_) => "upload-answer",
+            ToWorker::DownloadAnswer(_) => "download-answer",
         };
         all.push(sample("to-worker", name, &message));
     }
@@ -80,6 +82,7 @@ pub(crate) fn all() -> Vec<Sample> {
             ToExecutor::RunSeat(_) => "run-seat",
             ToExecutor::PacketArrived(_) => "packet-arrived",
             ToExecutor::StopSeat(_) => "stop-seat",
+            ToExecutor::PacketSent(_) => "packet-sent",
         };
         all.push(sample("to-executor", name, &message));
     }
@@ -90,6 +93,7 @@ pub(crate) fn all() -> Vec<Sample> {
             FromExecutor::PacketReady(_) => "packet-ready",
             FromExecutor::Finished(_) => "finished",
             FromExecutor::Failed(_) => "failed",
+            FromExecutor::PacketUsed(_) => "packet-used",
         };
         all.push(sample("from-executor", name, &message));
     }
@@ -172,6 +176,7 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         SeatFailed { attempt: attempt(), role: Role::Source, failure: failure() }.into(),
         Upload { attempt: attempt(), hash: ArtifactHash([0xcd; 32]), bytes: 70_000 }.into(),
         SeatWrote { attempt: attempt(), role: Role::Main, offset: 4096, bytes: b"epoch 1\n".to_vec() }.into(),
+        Download { attempt: attempt(), hash: ArtifactHash([0xcd; 32]) }.into(),
     ]
 }
 
@@ -228,6 +233,7 @@ fn to_worker() -> Vec<ToWorker> {
             spki_sha256: [0x11; 32],
             addresses: vec!["192.0.2.8:40001".into()],
         }],
+        inputs: vec![Output { name: "projector.safetensors".into(), hash: ArtifactHash([0x44; 32]), bytes: 9_000 }],
     };
     vec![
         welcome.into(),
@@ -237,6 +243,7 @@ fn to_worker() -> Vec<ToWorker> {
         SeatSettled { attempt: attempt(), role: Role::Main, counted: true }.into(),
         Refused { code: refusal::UNKNOWN_MESSAGE, text: "message type 0x0177 is not known here".into() }.into(),
         UploadAnswer { refused: Some("the store is full".into()) }.into(),
+        DownloadAnswer { refused: None, bytes: 9_000 }.into(),
     ]
 }
 
@@ -268,9 +275,11 @@ fn to_executor() -> Vec<ToExecutor> {
             path: "/models/gemma.gguf".into(),
             fingerprint: Some("sha256:00".into()),
         }],
+        inputs: vec![("projector.safetensors".into(), "/work/r12.3-f40-main.inputs/projector.safetensors".into())],
     };
     let packet = PacketFile { attempt: attempt(), key: "fact-3".into(), path: "/packets/fact-3.safetensors".into() };
-    vec![run.into(), packet.into(), StopSeat { attempt: attempt() }.into()]
+    let sent = PacketKey { attempt: attempt(), key: "fact-3".into() };
+    vec![run.into(), packet.into(), StopSeat { attempt: attempt() }.into(), sent.into()]
 }
 
 fn from_executor() -> Vec<FromExecutor> {
@@ -289,6 +298,7 @@ fn from_executor() -> Vec<FromExecutor> {
         packet.into(),
         finished.into(),
         Failed { attempt: attempt(), failure: failure() }.into(),
+        PacketKey { attempt: attempt(), key: "fact-3".into() }.into(),
     ]
 }
 
@@ -306,7 +316,8 @@ fn peer() -> Vec<PeerMessage> {
     vec![
         offer.into(),
         Grant { transfer: 5, have: vec![0b101] }.into(),
-        Wait { transfer: 5, retry_in_ms: 200, reason: "r12.3#f40 target has not started here".into() }.into(),
+        Wait { transfer: 5, retry_in_ms: 200, reason: "r12.3#f40 target has not started here".into(), busy: false }
+            .into(),
         Refuse { transfer: 5, code: refuse::CORRUPT, text: "chunk 2 does not have its hash".into() }.into(),
         Done { transfer: 5 }.into(),
         Accept { transfer: 5, root: [0x33; 32] }.into(),

@@ -17,8 +17,8 @@ use serde::Serialize;
 use super::inventory::{self, InventoryConfig};
 use super::nvml::Gpus;
 use super::output::{Exit, Printer};
-use super::publish::chain;
 use super::state_dir::{BoxIdentity, StateDir};
+use super::way::chain;
 
 /// How a finding weighs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]

@@ -31,7 +31,7 @@ pub struct Complaint {
 impl Complaint {
     /// A complaint about `error`, causes included.
     pub fn new(exit: Exit, error: &dyn std::error::Error, hint: Option<impl Into<String>>) -> Self {
-        Self { exit, message: super::publish::chain(error), hint: hint.map(Into::into) }
+        Self { exit, message: super::way::chain(error), hint: hint.map(Into::into) }
     }
 }
 

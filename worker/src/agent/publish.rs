@@ -4,20 +4,19 @@
 //! removed here. Store calls run on the store's own threads, never on the network's.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
-use protocol::control::{Output, SeatFinished, ToCoordinator, ToWorker, Upload, UploadAnswer, Welcome};
+use protocol::control::{Output, SeatFinished, ToCoordinator, ToWorker, Upload, UploadAnswer};
 use protocol::quic::{FrameReader, Received, write_frame};
-use protocol::store::threads::StoreThreads;
-use protocol::store::{Store, StoreError};
+use protocol::store::Store;
 use quinn::Connection;
 use tokio::io::AsyncReadExt;
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{Mutex, mpsc};
 
 use super::backoff::{Backoff, random};
 use super::core::{Input, SeatId};
 use super::outbox::Outbox;
+use super::way::{NotYet, ToStore, Way, blocking, chain};
 
 /// Waits between tries, from a blink to what an operator who fixes a mount will put up with.
 const RETRY: (Duration, Duration, Duration) =
@@ -27,56 +26,26 @@ const UPLOAD_ANSWER: Duration = Duration::from_secs(60);
 /// Bytes read from disk at once for an upload.
 const READ_BYTES: usize = 256 << 10;
 
-/// The coordinator's connection, and what it said in its welcome; both outlive a connection's end in the last value seen.
-#[derive(Debug, Clone, Default)]
-pub struct Link {
-    /// `None` while there is none.
-    pub connection: Option<Connection>,
-    /// The last welcome; `None` before the first.
-    pub welcome: Option<Arc<Welcome>>,
-}
-
 /// Publishes.
 #[derive(Debug)]
 pub struct Publisher {
-    /// The operator's setting; `None`: try the coordinator's path, upload if that is not the store.
-    store_path: Option<PathBuf>,
-    worker: String,
+    store: ToStore,
     outbox: Outbox,
-    threads: StoreThreads,
-    link: watch::Receiver<Link>,
     /// One publication at a time: a store in trouble is not asked by everyone at once.
     turn: Mutex<()>,
 }
 
-/// Why a try failed, for people.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct NotYet(String);
-
-/// The way into the store.
-enum Way {
-    Mount(Store),
-    Upload(Connection),
-}
-
 impl Publisher {
     /// A publisher for the seats of `outbox`.
-    pub fn new(
-        store_path: Option<PathBuf>,
-        worker: String,
-        outbox: Outbox,
-        threads: StoreThreads,
-        link: watch::Receiver<Link>,
-    ) -> Self {
-        Self { store_path, worker, outbox, threads, link, turn: Mutex::new(()) }
+    pub fn new(store: ToStore, outbox: Outbox) -> Self {
+        Self { store, outbox, turn: Mutex::new(()) }
     }
 
     /// Publishes a seat, however long it takes, and says so. Ends early only by being dropped.
     pub async fn publish(&self, seat: SeatId, inputs: &mpsc::Sender<Input>) {
         let (floor, first, longest) = RETRY;
         let mut backoff = Backoff::new(floor, first, longest);
-        let mut link = self.link.clone();
+        let mut link = self.store.link.clone();
         let mut last_note = String::new();
         loop {
             link.borrow_and_update();
@@ -107,41 +76,20 @@ impl Publisher {
         let _turn = self.turn.lock().await;
         let outbox = self.outbox.clone();
         let finished = blocking(move || outbox.record(seat)).await?.map_err(|error| NotYet(chain(&error)))?;
-        let way = self.way().await?;
+        let way = self.store.way().await?;
         for (index, output) in finished.outputs.iter().enumerate() {
             let path = self.outbox.file(seat, index);
             match &way {
                 Way::Mount(store) => self.through_mount(store, path, output).await?,
-                Way::Upload(connection) => upload(connection, seat, path, output).await?,
+                Way::Coordinator(connection) => upload(connection, seat, path, output).await?,
             }
         }
         Ok(finished)
     }
 
-    async fn way(&self) -> Result<Way, NotYet> {
-        let link = self.link.borrow().clone();
-        let Some(welcome) = link.welcome else {
-            return Err(NotYet("the coordinator has not yet said which store is its own".to_owned()));
-        };
-        let own = self.store_path.is_some();
-        let path = self.store_path.clone().unwrap_or_else(|| PathBuf::from(&welcome.store_path));
-        let uuid = welcome.store_uuid.clone();
-        let opened = self.threads.run(move || Store::open(&path, Some(&uuid))).await;
-        match (opened, link.connection) {
-            (Ok(Ok(store)), _) => Ok(Way::Mount(store.with_writer(self.worker.clone()))),
-            // Without a setting, a path that is not the store means: no mount here.
-            (Ok(Err(error)), Some(connection)) if !own && no_mount(&error) => Ok(Way::Upload(connection)),
-            (Ok(Err(error)), None) if !own && no_mount(&error) => {
-                Err(NotYet("no mount here, and the coordinator is not connected".to_owned()))
-            }
-            (Ok(Err(error)), _) => Err(NotYet(chain(&error))),
-            (Err(stalled), _) => Err(NotYet(stalled.to_string())),
-        }
-    }
-
     async fn through_mount(&self, store: &Store, path: PathBuf, output: &Output) -> Result<(), NotYet> {
         let store = store.clone();
-        match self.threads.run(move || store.publish_file(&path)).await {
+        match self.store.threads.run(move || store.publish_file(&path)).await {
             Ok(Ok((hash, _))) if hash == output.hash => Ok(()),
             Ok(Ok((hash, _))) => {
                 Err(NotYet(format!("{} has changed on disk: {} became {hash}", output.name, output.hash)))
@@ -150,10 +98,6 @@ impl Publisher {
             Err(stalled) => Err(NotYet(stalled.to_string())),
         }
     }
-}
-
-fn no_mount(error: &StoreError) -> bool {
-    matches!(error, StoreError::NotMounted { .. } | StoreError::WrongStore { .. })
 }
 
 async fn upload(connection: &Connection, seat: SeatId, path: PathBuf, output: &Output) -> Result<(), NotYet> {
@@ -181,21 +125,4 @@ async fn upload(connection: &Connection, seat: SeatId, path: PathBuf, output: &O
         Ok(_) => Err(NotYet("the coordinator answered an upload with something else".to_owned())),
         Err(error) => Err(broken(&error)),
     }
-}
-
-/// Runs a call on local disk where it may block.
-async fn blocking<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> Result<T, NotYet> {
-    tokio::task::spawn_blocking(call).await.map_err(|error| NotYet(error.to_string()))
-}
-
-/// An error with its causes.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use protocol::control::{
-    ALPN_CONTROL, ALPN_PEER, Failure, FailureKind, Heartbeat, Hello, SeatAddress, SeatWrote, StartSeat, Terms,
+    ALPN_CONTROL, ALPN_PEER, Failure, FailureKind, Heartbeat, Hello, Output, SeatAddress, SeatWrote, StartSeat, Terms,
     ToCoordinator, Usage, close,
 };
 use protocol::exec::{self, ModelFile, RunSeat, ToExecutor};
@@ -29,19 +29,22 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::command::runner::{Runner, RunnerParts};
 use super::command::warden::{Warden, end_leftovers};
-use super::core::{Agent, Effect, HandedOn, Input, Lent, OfferVerdict, SeatId};
+use super::core::{Agent, Effect, HandedOn, Input, Lent, SeatId};
+use super::gather::gather;
 use super::inventory::{self, InventoryConfig};
 use super::outbox::records::Records;
 use super::outbox::{Outbox, OutboxError};
+use super::peer::Question;
 use super::peer::inbox::Inbox;
+use super::peer::local::hand_over;
 use super::peer::send::Sender;
 use super::peer::serve::{Receiving, accept};
-use super::peer::{Question, ask};
-use super::publish::{Link, Publisher, chain};
+use super::publish::Publisher;
 use super::session::{Coordinator, SessionEvent, keep_connected};
 use super::shapes;
 use super::state_dir::{BoxIdentity, StateDir, StateError, StateLock, make_empty};
 use super::supervisor::Supervisor;
+use super::way::{Link, ToStore, chain};
 
 /// Inputs that wait for the loop; senders wait when it is full.
 const INPUTS_MAX: usize = 1024;
@@ -51,9 +54,6 @@ const INPUTS_AT_ONCE: usize = 256;
 const PIECES_MAX: usize = 256;
 /// How often the devices are asked how they are.
 const TELEMETRY: Duration = Duration::from_millis(HEARTBEAT_INTERVAL_MS);
-/// How often a packet for a seat of this worker that has not started is tried again, and for how long.
-const HAND_OVER_EVERY: Duration = Duration::from_millis(100);
-const HAND_OVER_PATIENCE: Duration = Duration::from_secs(300);
 /// Shortest packet whose time says something about its link, bytes.
 const RATED_BYTES_MIN: u64 = 64 << 10;
 /// How long a stopping agent waits for its closes to be heard.
@@ -138,6 +138,7 @@ struct Loop {
     state: StateDir,
     outbox: Outbox,
     records: Records,
+    store: ToStore,
     publisher: Arc<Publisher>,
     sender: Arc<Sender>,
     receiving: Arc<Receiving>,
@@ -247,7 +248,8 @@ fn assemble(
         .map_err(prepare("the telemetry thread"))?;
     let threads = StoreThreads::start().map_err(prepare("threads for the store"))?;
     let worker = identity.worker;
-    let publisher = Publisher::new(config.store, worker.to_string(), outbox.clone(), threads, linked);
+    let store = ToStore { path: config.store, worker: worker.to_string(), threads, link: linked };
+    let publisher = Publisher::new(store.clone(), outbox.clone());
     let peer = client_config(&identity.credentials, ALPN_PEER)?;
     let receiving = Receiving {
         cluster: identity.cluster.clone(),
@@ -263,6 +265,7 @@ fn assemble(
         terms: config.terms,
         outbox,
         records,
+        store,
         publisher: Arc::new(publisher),
         sender: Arc::new(Sender::new(endpoint.clone(), peer, identity.cluster.clone())),
         receiving: Arc::new(receiving),
@@ -411,7 +414,8 @@ impl Loop {
             match effect {
                 Effect::Say { message } => self.say(message),
                 Effect::Launch { executor, device } => self.supervisor.launch(executor, &device),
-                Effect::Run { executor, start } => match self.prepare(&start) {
+                Effect::Gather { seat, inputs } => self.gather(seat, inputs),
+                Effect::Run { executor, start, inputs } => match self.prepare(&start, inputs) {
                     Ok(run) => self.supervisor.tell(executor, ToExecutor::RunSeat(run)),
                     Err(failure) => {
                         let seat = SeatId { attempt: start.attempt, role: start.role };
@@ -439,14 +443,14 @@ impl Loop {
         }
     }
 
-    fn prepare(&self, start: &StartSeat) -> Result<RunSeat, Failure> {
+    fn prepare(&self, start: &StartSeat, inputs: Vec<(String, String)>) -> Result<RunSeat, Failure> {
         let seat = SeatId { attempt: start.attempt, role: start.role };
         let directory = self.state.work().join(seat.directory_name());
         protocol::private_file::create_dir(&directory).map_err(|error| {
             Failure::new(FailureKind::LocalDisk, format!("could not make {}: {error}", directory.display()))
         })?;
         let mut models = Vec::new();
-        for name in start.spec.models() {
+        for name in start.spec.models_of(start.role) {
             let (path, fingerprint) = self.models.locate(name).map_err(|error| {
                 use protocol::models::ModelError;
                 let kind = match &error {
@@ -454,7 +458,7 @@ impl Loop {
                     _ => FailureKind::ModelMissing,
                 };
                 let hint = error.hint_on_worker().unwrap_or_default();
-                Failure::new(kind, super::publish::chain(&error)).hint(hint)
+                Failure::new(kind, chain(&error)).hint(hint)
             })?;
             let path = path.to_string_lossy().into_owned();
             models.push(ModelFile { name: name.to_owned(), path, fingerprint });
@@ -465,7 +469,20 @@ impl Loop {
             spec: start.spec.clone(),
             directory: directory.to_string_lossy().into_owned(),
             models,
+            inputs,
         })
+    }
+
+    fn gather(&mut self, seat: SeatId, wanted: Vec<Output>) {
+        let (store, inputs) = (self.store.clone(), self.inputs.clone());
+        let directory = self.state.work().join(format!("{}.inputs", seat.directory_name()));
+        self.spawn_for(seat, async move {
+            let input = match gather(&store, seat, wanted, directory).await {
+                Ok(inputs) => Input::Gathered { seat, inputs },
+                Err(failure) => Input::CouldNotStart { seat, failure },
+            };
+            let _ = inputs.send(input).await;
+        });
     }
 
     fn keep(&self, seat: SeatId, finished: exec::Finished, usage: Usage, build: String) {
@@ -510,10 +527,11 @@ impl Loop {
         let own_key = self.own_key;
         self.spawn_for(from, async move {
             let place = receiving.place(to, &key);
-            let input = match hand_over(&questions, to, own_key, path.into(), place.clone()).await {
+            let input = match hand_over(&questions, to, own_key, path.clone().into(), place.clone()).await {
                 Ok(bytes) => {
-                    let path = place.to_string_lossy().into_owned();
-                    let _ = inputs.send(Input::PacketArrived { seat: to, key: key.clone(), path, bytes }).await;
+                    let place = place.to_string_lossy().into_owned();
+                    let _ = inputs.send(Input::PacketArrived { seat: to, key: key.clone(), path: place, bytes }).await;
+                    let _ = tokio::fs::remove_file(&path).await;
                     Input::PacketSent { seat: from, key, bytes, bytes_per_second: 0 }
                 }
                 Err(failure) => Input::PacketNotSent { seat: from, key, failure },
@@ -531,8 +549,8 @@ impl Loop {
             if let Err(error) = outbox.discard(seat) {
                 tracing::warn!(%seat, "could not remove a settled seat: {}", chain(&error));
             }
-            for name in [seat.directory_name(), format!("{}.in", seat.directory_name())] {
-                let path = work.join(name);
+            for ending in ["", ".in", ".inputs"] {
+                let path = work.join(format!("{}{ending}", seat.directory_name()));
                 match std::fs::remove_dir_all(&path) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
                         tracing::warn!(path = %path.display(), "could not remove a seat's directory: {error}");
@@ -551,48 +569,14 @@ impl Loop {
     }
 }
 
-/// Gives a packet to a seat of this worker, once that has started.
-async fn hand_over(
-    questions: &mpsc::Sender<Question>,
-    to: SeatId,
-    own_key: [u8; 32],
-    source: PathBuf,
-    place: PathBuf,
-) -> Result<u64, Failure> {
-    let deadline = Instant::now() + HAND_OVER_PATIENCE;
-    loop {
-        let why = match ask(questions, to, own_key).await {
-            OfferVerdict::Take => break,
-            OfferVerdict::NotYet if Instant::now() < deadline => {
-                tokio::time::sleep(HAND_OVER_EVERY).await;
-                continue;
-            }
-            OfferVerdict::NotYet => "has not started here",
-            OfferVerdict::Over => "is over here",
-            OfferVerdict::NotTheSeat => "does not expect packets from this worker",
-        };
-        return Err(Failure::new(FailureKind::PeerLost, format!("{to} {why}")));
-    }
-    let linked = tokio::task::spawn_blocking(move || {
-        if let Some(directory) = place.parent() {
-            protocol::private_file::create_dir(directory)?;
-        }
-        // The same file under two names; each seat removes its own.
-        std::fs::hard_link(&source, &place).or_else(|_| std::fs::copy(&source, &place).map(drop))?;
-        std::fs::metadata(&place).map(|file| file.len())
-    });
-    let disk = |error: String| Failure::new(FailureKind::LocalDisk, format!("could not hand a packet over: {error}"));
-    linked.await.map_err(|error| disk(error.to_string()))?.map_err(|error| disk(error.to_string()))
-}
-
-/// Addresses by which others may reach this box, beside the one that the coordinator sees: the one that the socket is bound
-/// to, or else the one from which the system would send to the outside. Interfaces are not listed.
 /// Bytes a second; 0 for a packet too short to tell.
 fn rate(bytes: u64, took: Duration) -> u64 {
     let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
     if bytes < RATED_BYTES_MIN { 0 } else { bytes.saturating_mul(1_000_000) / us }
 }
 
+/// Addresses by which others may reach this box, beside the one that the coordinator sees: the one that the socket is bound
+/// to, or else the one from which the system would send to the outside. Interfaces are not listed.
 fn own_addresses(bound: IpAddr) -> Vec<String> {
     if !bound.is_unspecified() {
         return vec![bound.to_string()];

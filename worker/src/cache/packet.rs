@@ -19,12 +19,15 @@ use super::error::CacheError;
 use super::layout::CacheLayout;
 use super::value::{KvCache, LayerKv};
 use crate::model::config::LayerConfig;
-use crate::model::rope::RopeScaling;
+use crate::model::family::family;
+use crate::model::rope::{Rope, RopeScaling};
 
 /// How a packet spells the type of its numbers.
 const DTYPE: &str = "F32";
 /// A longer directory is refused, as by the format's own library.
 const DIRECTORY_BYTES_MAX: u64 = 100_000_000;
+/// Wider heads are nobody's.
+const HEAD_DIM_MAX: usize = 1 << 14;
 /// Numbers converted at a time.
 const BLOCK: usize = 16 << 10;
 
@@ -123,9 +126,19 @@ impl KvCache {
     /// [`CacheError::Io`], and as [`KvCache::from_bytes`].
     pub fn load(path: &Path, layout: &Arc<CacheLayout>) -> Result<Self, CacheError> {
         let failed = |source| CacheError::Io { path: path.to_path_buf(), source };
-        let reader = File::open(path).map_err(failed)?;
-        let length = reader.metadata().map_err(failed)?.len();
-        Source { reader, length, failed: &failed }.read(layout)
+        Source::open(path, &failed)?.read(layout)
+    }
+
+    /// Reads a packet of a model that is not here, of which it states the layout itself: all layers must be in it. Such a
+    /// cache can be projected, not injected.
+    ///
+    /// # Errors
+    /// As [`KvCache::load`]; [`CacheError::Packet`] if layers are left out or the architecture is not known.
+    pub fn load_foreign(path: &Path) -> Result<Self, CacheError> {
+        let failed = |source| CacheError::Io { path: path.to_path_buf(), source };
+        let (header, _, _) = Source::open(path, &failed)?.header()?;
+        let layout = Arc::new(stated_layout(&header)?);
+        Source::open(path, &failed)?.read(&layout)
     }
 }
 
@@ -137,12 +150,26 @@ struct Source<'a, R> {
     failed: &'a dyn Fn(std::io::Error) -> CacheError,
 }
 
+impl<'a> Source<'a, File> {
+    fn open(path: &Path, failed: &'a dyn Fn(std::io::Error) -> CacheError) -> Result<Self, CacheError> {
+        let reader = File::open(path).map_err(failed)?;
+        let length = reader.metadata().map_err(failed)?.len();
+        Ok(Self { reader, length, failed })
+    }
+}
+
 impl<R: Read + Seek> Source<'_, R> {
-    fn read(mut self, layout: &Arc<CacheLayout>) -> Result<KvCache, CacheError> {
+    /// What it says of itself, its directory, and where the first tensor begins.
+    fn header(&mut self) -> Result<(PacketHeader, Metadata, u64), CacheError> {
         let (directory, start) = self.directory()?;
         let header = directory.metadata().as_ref().and_then(|metadata| metadata.get(METADATA_KEY));
         let header = header.ok_or_else(|| broken(format!("metadata {METADATA_KEY} is missing")))?;
         let header: PacketHeader = serde_json::from_str(header).map_err(|error| broken(error.to_string()))?;
+        Ok((header, directory, start))
+    }
+
+    fn read(mut self, layout: &Arc<CacheLayout>) -> Result<KvCache, CacheError> {
+        let (header, directory, start) = self.header()?;
         check_header(&header, layout)?;
         let tensors = directory.offset_keys().len();
         if tensors != 2 * header.layers.len() {
@@ -227,6 +254,33 @@ fn rope_facts(layer: &LayerConfig, head_dim: usize) -> RopeFacts {
     RopeFacts { base: layer.rope.base, dims, linear_factor, divisors }
 }
 
+/// The layout that a packet with all layers states.
+fn stated_layout(header: &PacketHeader) -> Result<CacheLayout, CacheError> {
+    let architecture = family(&header.architecture).map(|family| family.architecture);
+    let architecture =
+        architecture.ok_or_else(|| broken(format!("architecture {} is not known", header.architecture)))?;
+    let all = header.layers.iter().copied().eq(0..header.model_layers);
+    if !all || header.rope.len() != header.layers.len() || header.sliding_window.len() != header.layers.len() {
+        return Err(broken("a packet of a model that is not here must state every layer".to_owned()));
+    }
+    let (kv_heads, head_dim) = (header.kv_heads as usize, header.head_dim as usize);
+    if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > HEAD_DIM_MAX {
+        return Err(broken(format!("heads of width {head_dim}")));
+    }
+    let layers = header.rope.iter().zip(&header.sliding_window).map(|(rope, window)| {
+        let scaling = match (rope.linear_factor, rope.divisors.as_slice()) {
+            (1.0, []) => RopeScaling::None,
+            (factor, []) => RopeScaling::Linear(factor),
+            (_, divisors) if divisors.len() == head_dim / 2 => RopeScaling::Divisors(divisors.to_vec()),
+            (_, divisors) => return Err(broken(format!("{} divisors for heads of {head_dim}", divisors.len()))),
+        };
+        let rope = Rope::new(rope.base, scaling, head_dim);
+        Ok(LayerConfig { rope, window: window.map(|window| window as usize) })
+    });
+    let layers = layers.collect::<Result<_, _>>()?;
+    Ok(CacheLayout { fingerprint: header.model_fingerprint.clone(), architecture, layers, kv_heads, head_dim })
+}
+
 /// Refuses a header that contradicts itself or the model.
 fn check_header(header: &PacketHeader, layout: &CacheLayout) -> Result<(), CacheError> {
     if header.format != FORMAT {
@@ -280,6 +334,18 @@ mod tests {
             let cache = cache.with_generated(2);
             assert_eq!(KvCache::from_bytes(&cache.to_bytes(), cache.layout()).unwrap(), cache);
         }
+    }
+
+    #[test]
+    fn a_packet_of_a_model_that_is_not_here_states_its_layout() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cache.safetensors");
+        let cache = sample(3).unrotated();
+        cache.save(&path).unwrap();
+        assert_eq!(KvCache::load_foreign(&path).unwrap(), cache);
+        sample(3).select_layers(&[1]).unwrap().save(&path).unwrap();
+        let refused = KvCache::load_foreign(&path);
+        assert!(matches!(refused, Err(CacheError::Packet { .. })), "{refused:?}");
     }
 
     #[test]

@@ -31,6 +31,8 @@ struct State {
     current: Option<AttemptId>,
     /// Paths of packets, by attempt and name.
     packets: BTreeMap<(AttemptId, String), String>,
+    /// Packets that have reached the other seat, by attempt.
+    sent: BTreeMap<AttemptId, u64>,
     stopped: BTreeSet<AttemptId>,
     /// The agent is gone: nothing more will come.
     closed: bool,
@@ -85,6 +87,23 @@ impl Inbox {
         }
     }
 
+    /// Waits until at most `most` of the `made` packets are still on their way.
+    ///
+    /// # Errors
+    /// As [`Self::packet`].
+    pub fn wait_for_room(&self, attempt: AttemptId, made: u64, most: u64) -> Result<(), Stopped> {
+        let mut state = self.lock();
+        loop {
+            if state.closed || state.stopped.contains(&attempt) {
+                return Err(Stopped);
+            }
+            if made.saturating_sub(state.sent.get(&attempt).copied().unwrap_or(0)) <= most {
+                return Ok(());
+            }
+            state = self.wait(state);
+        }
+    }
+
     /// Looks whether to go on.
     ///
     /// # Errors
@@ -99,6 +118,7 @@ impl Inbox {
         let mut state = self.lock();
         state.current = None;
         state.stopped.remove(&attempt);
+        state.sent.remove(&attempt);
         state.packets.retain(|(of, _), _| *of != attempt);
     }
 
@@ -108,6 +128,13 @@ impl Inbox {
             ToExecutor::RunSeat(seat) => state.seats.push_back(seat),
             ToExecutor::PacketArrived(packet) => {
                 state.packets.insert((packet.attempt, packet.key), packet.path);
+            }
+            ToExecutor::PacketSent(packet) => {
+                // Said of an attempt that is over, it is nobody's.
+                let known = state.current.into_iter().chain(state.seats.iter().map(|seat| seat.attempt));
+                if known.into_iter().any(|attempt| attempt == packet.attempt) {
+                    *state.sent.entry(packet.attempt).or_default() += 1;
+                }
             }
             ToExecutor::StopSeat(stop) => {
                 // A stop that comes after the end of its attempt has nothing to stop.

@@ -25,8 +25,8 @@ use super::places::Places;
 use super::verdict::{self, EndedBy};
 use super::warden::{Slot, Warden};
 use crate::agent::core::{Input, STOP_GRACE_MS, SeatId};
-use crate::agent::publish::chain;
 use crate::agent::supervisor::Pids;
+use crate::agent::way::chain;
 
 /// How long a program that was asked to stop may take.
 const STOP_GRACE: Duration = Duration::from_millis(STOP_GRACE_MS);

@@ -1,6 +1,6 @@
 //! What goes into the agent's decisions and what comes out. Only data.
 
-use protocol::control::{Failure, SeatAddress, SeatFinished, StartSeat, ToCoordinator, ToWorker, Usage};
+use protocol::control::{Failure, Output, SeatAddress, SeatFinished, StartSeat, ToCoordinator, ToWorker, Usage};
 use protocol::exec::{self, FromExecutor, ToExecutor};
 use protocol::ids::{AttemptId, DeviceId, Role};
 
@@ -85,7 +85,14 @@ pub enum Input {
         /// What it made, or how it failed.
         ended: Result<exec::Finished, Failure>,
     },
-    /// A seat's part could not begin: its directory, or a model.
+    /// Everything that a seat needs is below its directory: (name, path).
+    Gathered {
+        /// Which.
+        seat: SeatId,
+        /// By the names of the order.
+        inputs: Vec<(String, String)>,
+    },
+    /// A seat's part could not begin: its directory, an artifact, or a model.
     CouldNotStart {
         /// Which.
         seat: SeatId,
@@ -173,12 +180,21 @@ pub enum Effect {
         /// Its device.
         device: DeviceId,
     },
+    /// Bring artifacts of the store to where the seat's executor can read them; answered by `Gathered` or `CouldNotStart`.
+    Gather {
+        /// Which.
+        seat: SeatId,
+        /// What it needs.
+        inputs: Vec<Output>,
+    },
     /// Make the seat's directory, find its models, tell the executor; on failure `CouldNotStart`.
     Run {
         /// The executor, up and free.
         executor: ExecutorId,
         /// What the coordinator asked for.
         start: Box<StartSeat>,
+        /// What was gathered for it: (name, path).
+        inputs: Vec<(String, String)>,
     },
     /// Tell an executor.
     Tell {
@@ -269,6 +285,8 @@ pub enum Effect {
 pub enum OfferVerdict {
     /// It may come.
     Take,
+    /// As many have come as may lie here unread.
+    Full,
     /// The attempt's start has not reached this worker yet.
     NotYet,
     /// That worker has no seat in the attempt.

@@ -37,12 +37,17 @@ use self::executors::{Executors, Gone};
 pub use self::io::{Effect, ExecutorId, Input, OfferVerdict, SeatId};
 use self::lanes::{LaneId, Lanes};
 use self::outcomes::Said;
-use self::seat::{Phase, Seat, Work};
+use self::seat::{Outgoing, Phase, Seat, Way, Work};
 
 /// How long an executor may take to stop an attempt before it is killed, milliseconds.
 pub const STOP_GRACE_MS: u64 = 10_000;
 /// An outcome that the coordinator has not settled is said again after so long on the same connection, milliseconds.
 pub const REPEAT_OUTCOME_MS: u64 = 10_000;
+/// Packets of a seat that may be under way beyond the oldest one that has not arrived: they overtake each other by less.
+const SENT_AHEAD_MAX: usize = 4;
+/// Packets that may lie here unread for one seat before its peer must wait. More than [`SENT_AHEAD_MAX`], so that the one that
+/// the seat waits for always finds a place.
+const UNREAD_MAX: usize = 12;
 /// Held seats of which every one is told with a note: with notes of usual length they take a tenth of a heartbeat.
 const NOTES_MAX: usize = 1_000;
 /// Attempts remembered after their end, so that a late packet is refused rather than kept waiting.
@@ -156,11 +161,12 @@ impl Agent {
             };
         };
         match (&seat.phase, &seat.start) {
-            (Phase::Waiting | Phase::Starting { .. } | Phase::Running { .. }, Some(start)) => {
+            (Phase::Waiting | Phase::Gathering | Phase::Starting { .. } | Phase::Running { .. }, Some(start)) => {
                 let sits = |other: &protocol::control::SeatAddress| {
                     other.role != to.role && other.spki_sha256 == *peer_spki_sha256
                 };
                 match start.seats.iter().any(sits) {
+                    true if seat.unread >= UNREAD_MAX => OfferVerdict::Full,
                     true => OfferVerdict::Take,
                     false => OfferVerdict::NotTheSeat,
                 }
@@ -188,6 +194,7 @@ impl Agent {
             Input::Executor { executor, message } => self.on_executor(now, executor, message),
             Input::ExecutorExited { executor, detail } => self.on_exit(now, executor, &detail),
             Input::CommandEnded { seat, wall_ms, ended } => self.on_command_ended(now, seat, wall_ms, ended),
+            Input::Gathered { seat, inputs } => self.on_gathered(now, seat, inputs),
             Input::CouldNotStart { seat, failure } => {
                 // Its executor was told nothing, so there is nothing to stop.
                 let executor = self.seats.get(&seat).and_then(|seat| seat.phase.executor());
@@ -236,7 +243,11 @@ impl Agent {
             }
             ToWorker::SeatSettled(SeatSettled { attempt, role, .. }) => self.remove(now, SeatId { attempt, role }),
             // The session's own affairs.
-            ToWorker::Welcome(_) | ToWorker::HeartbeatAck(_) | ToWorker::Refused(_) | ToWorker::UploadAnswer(_) => {}
+            ToWorker::Welcome(_)
+            | ToWorker::HeartbeatAck(_)
+            | ToWorker::Refused(_)
+            | ToWorker::UploadAnswer(_)
+            | ToWorker::DownloadAnswer(_) => {}
         }
     }
 
@@ -248,7 +259,8 @@ impl Agent {
         seat.started_at = now;
         "started".clone_into(&mut seat.progress.note);
         let start = seat.start.clone().expect("a seat with an executor was started by the coordinator");
-        self.effects.push_back(Effect::Run { executor, start: Box::new(start) });
+        let inputs = std::mem::take(&mut seat.inputs);
+        self.effects.push_back(Effect::Run { executor, start: Box::new(start), inputs });
         for packet in std::mem::take(&mut seat.arrived) {
             self.effects.push_back(Effect::Tell { executor, message: arrival(packet) });
         }
@@ -259,6 +271,7 @@ impl Agent {
             FromExecutor::Ready(_) => return, // Said by `ExecutorReady`.
             FromExecutor::Progressed(message) => message.attempt,
             FromExecutor::PacketReady(message) => message.attempt,
+            FromExecutor::PacketUsed(message) => message.attempt,
             FromExecutor::Finished(message) => message.attempt,
             FromExecutor::Failed(message) => message.attempt,
         };
@@ -279,7 +292,17 @@ impl Agent {
                     seat.progress = message.progress;
                 }
             }
-            FromExecutor::PacketReady(packet) => self.on_packet_ready(now, id, packet),
+            FromExecutor::PacketReady(packet) => {
+                if let Some(seat) = self.seats.get_mut(&id) {
+                    seat.outgoing.push_back(Outgoing { packet, state: Way::Waits });
+                    self.send_next(now, id);
+                }
+            }
+            FromExecutor::PacketUsed(_) => {
+                if let Some(seat) = self.seats.get_mut(&id) {
+                    seat.unread = seat.unread.saturating_sub(1);
+                }
+            }
             FromExecutor::Finished(finished) => {
                 let build = self.executors.build_of(executor);
                 self.free(executor);
@@ -311,41 +334,50 @@ impl Agent {
         }
     }
 
-    fn on_packet_ready(&mut self, now: UnixMillis, from: SeatId, packet: PacketFile) {
+    /// Sends what may be under way: no packet runs far ahead of one before it, so that a peer whose room is bounded always
+    /// has the one that it needs next.
+    fn send_next(&mut self, now: UnixMillis, from: SeatId) {
         let Some(seat) = self.seats.get_mut(&from) else { return };
         let start = seat.start.as_ref().expect("a seat with an executor was started by the coordinator");
         let Some(to) = start.seats.iter().find(|other| other.role != from.role).cloned() else {
-            let failure = Failure::new(FailureKind::Internal, format!("packet {} has no seat to go to", packet.key));
+            let failure = Failure::new(FailureKind::Internal, "a packet has no seat to go to");
             self.fail(now, from, failure);
             return;
         };
-        seat.sending.insert(packet.key.clone());
-        let here = to.worker == self.worker;
-        let (key, path) = (packet.key, packet.path);
-        self.effects.push_back(match here {
-            true => {
-                let to = SeatId { attempt: from.attempt, role: to.role };
-                Effect::HandOver { from, to, key, path }
-            }
-            false => Effect::SendPacket { from, to, key, path },
-        });
+        for next in seat.outgoing.iter_mut().take(SENT_AHEAD_MAX).filter(|next| next.state == Way::Waits) {
+            next.state = Way::Goes;
+            let (key, path) = (next.packet.key.clone(), next.packet.path.clone());
+            self.effects.push_back(match to.worker == self.worker {
+                true => {
+                    let to = SeatId { attempt: from.attempt, role: to.role };
+                    Effect::HandOver { from, to, key, path }
+                }
+                false => Effect::SendPacket { from, to: to.clone(), key, path },
+            });
+        }
     }
 
     fn on_packet_sent(&mut self, now: UnixMillis, from: SeatId, key: &str, bytes: u64) {
-        if let Some(seat) = self.seats.get_mut(&from)
-            && seat.sending.remove(key)
-        {
-            seat.packet_bytes += bytes;
-            self.keep_if_sent(now, from);
+        let Some(seat) = self.seats.get_mut(&from) else { return };
+        let Some(sent) = seat.outgoing.iter_mut().find(|on_way| on_way.packet.key == key) else { return };
+        sent.state = Way::Arrived;
+        seat.packet_bytes += bytes;
+        while seat.outgoing.pop_front_if(|oldest| oldest.state == Way::Arrived).is_some() {}
+        if let Phase::Running { executor } = seat.phase {
+            let sent = exec::PacketKey { attempt: from.attempt, key: key.to_owned() };
+            self.effects.push_back(Effect::Tell { executor, message: ToExecutor::PacketSent(sent) });
         }
+        self.send_next(now, from);
+        self.keep_if_sent(now, from);
     }
 
     fn on_packet_arrived(&mut self, to: SeatId, key: String, path: String, bytes: u64) {
         let Some(seat) = self.seats.get_mut(&to) else { return };
         seat.packet_bytes += bytes;
+        seat.unread += 1;
         let packet = PacketFile { attempt: to.attempt, key, path };
         match seat.phase {
-            Phase::Waiting | Phase::Starting { .. } => seat.arrived.push(packet),
+            Phase::Waiting | Phase::Gathering | Phase::Starting { .. } => seat.arrived.push(packet),
             Phase::Running { executor } => {
                 self.effects.push_back(Effect::Tell { executor, message: arrival(packet) });
             }
@@ -357,8 +389,8 @@ impl Agent {
     fn keep_if_sent(&mut self, now: UnixMillis, id: SeatId) {
         let Some(seat) = self.seats.get_mut(&id) else { return };
         let Phase::Sending { finished, build } = &seat.phase else { return };
-        if !seat.sending.is_empty() {
-            seat.progress.note = format!("{} packets on their way", seat.sending.len());
+        if !seat.outgoing.is_empty() {
+            seat.progress.note = format!("{} packets on their way", seat.outgoing.len());
             return;
         }
         let usage = Usage {
@@ -420,7 +452,7 @@ impl Agent {
             return;
         }
         let executor = seat.phase.executor();
-        seat.sending.clear();
+        seat.outgoing.clear();
         self.effects.push_back(Effect::StopTransfers { seat: id });
         self.let_go(now, id, executor);
         self.end_as_failed(now, id, failure);

@@ -1,6 +1,6 @@
 //! A seat as the agent keeps it: how far it is and who does it. Only data.
 
-use std::collections::BTreeSet;
+use std::collections::VecDeque;
 
 use protocol::control::{Failure, SeatFinished, SeatProgress, StartSeat};
 use protocol::exec::{self, PacketFile};
@@ -20,10 +20,29 @@ pub(super) struct Seat {
     pub(super) started_at: UnixMillis,
     pub(super) packet_bytes: u64,
     pub(super) link_bytes_per_second: u64,
-    /// Packets on their way to other seats.
-    pub(super) sending: BTreeSet<String>,
+    /// Packets for other seats that have not arrived there, oldest first, and some behind them that have.
+    pub(super) outgoing: VecDeque<Outgoing>,
     /// Packets for this seat that came before its executor ran.
     pub(super) arrived: Vec<PacketFile>,
+    /// Packets for this seat that its executor has not read.
+    pub(super) unread: usize,
+    /// Artifacts that it needs, once they are here: (name, path).
+    pub(super) inputs: Vec<(String, String)>,
+}
+
+/// A packet on its way.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    pub(super) packet: PacketFile,
+    pub(super) state: Way,
+}
+
+/// How far a packet is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    Waits,
+    Goes,
+    Arrived,
 }
 
 impl Seat {
@@ -31,7 +50,13 @@ impl Seat {
         let work = match start.as_ref().map(|start| &start.spec) {
             Some(ShardSpec::Command(_)) => Work::Command,
             Some(ShardSpec::NoOp(_)) => Work::Nothing,
-            Some(ShardSpec::Inspect(_) | ShardSpec::Transfer(_)) | None => Work::Executor,
+            Some(
+                ShardSpec::Inspect(_)
+                | ShardSpec::Transfer(_)
+                | ShardSpec::ProjectorTrain(_)
+                | ShardSpec::ProjectorEval(_),
+            )
+            | None => Work::Executor,
         };
         Self {
             start,
@@ -41,8 +66,10 @@ impl Seat {
             started_at: now,
             packet_bytes: 0,
             link_bytes_per_second: 0,
-            sending: BTreeSet::new(),
+            outgoing: VecDeque::new(),
             arrived: Vec::new(),
+            unread: 0,
+            inputs: Vec::new(),
         }
     }
 
@@ -67,6 +94,8 @@ pub(super) enum Work {
 pub(super) enum Phase {
     /// Waits for its turn on the device.
     Waiting,
+    /// Has the device; the artifacts that it needs are on their way here.
+    Gathering,
     /// Waits for its executor to be up.
     Starting { executor: ExecutorId },
     /// The executor works.

@@ -87,17 +87,36 @@ impl Agent {
                 self.keep_if_sent(now, id);
             }
             Work::Command => self.run_command(id, None),
-            Work::Executor => {
-                let (executor, launch, ready) = self.executors.take(device, id);
-                seat.phase = Phase::Starting { executor };
-                "starting an executor".clone_into(&mut seat.progress.note);
-                if launch {
-                    self.effects.push_back(Effect::Launch { executor, device: device.clone() });
+            Work::Executor => match &seat.start {
+                Some(start) if !start.inputs.is_empty() => {
+                    seat.phase = Phase::Gathering;
+                    "bringing inputs".clone_into(&mut seat.progress.note);
+                    self.effects.push_back(Effect::Gather { seat: id, inputs: start.inputs.clone() });
                 }
-                if ready {
-                    self.on_ready(now, executor);
-                }
-            }
+                _ => self.give_executor(now, id, device),
+            },
+        }
+    }
+
+    /// What a seat needs is here.
+    pub(super) fn on_gathered(&mut self, now: UnixMillis, id: SeatId, inputs: Vec<(String, String)>) {
+        let Some(seat) = self.seats.get_mut(&id).filter(|seat| matches!(seat.phase, Phase::Gathering)) else { return };
+        seat.inputs = inputs;
+        if let Some(device) = seat.start.as_ref().map(|start| start.device.clone()) {
+            self.give_executor(now, id, &device);
+        }
+    }
+
+    fn give_executor(&mut self, now: UnixMillis, id: SeatId, device: &DeviceId) {
+        let Some(seat) = self.seats.get_mut(&id) else { return };
+        let (executor, launch, ready) = self.executors.take(device, id);
+        seat.phase = Phase::Starting { executor };
+        "starting an executor".clone_into(&mut seat.progress.note);
+        if launch {
+            self.effects.push_back(Effect::Launch { executor, device: device.clone() });
+        }
+        if ready {
+            self.on_ready(now, executor);
         }
     }
 

@@ -43,6 +43,7 @@ fn start_of(lane: u32, fence: u64, role: Role, seats: Vec<SeatAddress>, spec: Sh
         lane,
         spec,
         seats,
+        inputs: Vec::new(),
     }))
 }
 
@@ -160,10 +161,14 @@ fn brief(effect: &Effect) -> String {
         }
         Effect::Say { message } => format!("say {message:?}"),
         Effect::Launch { executor, .. } => format!("launch {executor}"),
-        Effect::Run { executor, start } => format!("run {} on {executor}", start.attempt.fence),
+        Effect::Gather { seat, inputs } => format!("gather {} for {seat}", inputs.len()),
+        Effect::Run { executor, start, .. } => format!("run {} on {executor}", start.attempt.fence),
         Effect::Tell { executor, message: ToExecutor::StopSeat(_) } => format!("stop {executor}"),
         Effect::Tell { executor, message: ToExecutor::PacketArrived(packet) } => {
             format!("packet {} to {executor}", packet.key)
+        }
+        Effect::Tell { executor, message: ToExecutor::PacketSent(packet) } => {
+            format!("sent {} of {executor}", packet.key)
         }
         Effect::Tell { message, .. } => format!("tell {message:?}"),
         Effect::Kill { executor } => format!("kill {executor}"),
@@ -503,4 +508,66 @@ fn thousands_of_held_seats_fit_a_heartbeat() {
     assert_eq!(held.len(), 19_999);
     let heartbeat = protocol::control::Heartbeat { sequence: 1, telemetry: vec![], held };
     protocol::frame::Messages::to_frame(&ToCoordinator::from(heartbeat)).unwrap();
+}
+
+fn packet(key: &str) -> FromExecutor {
+    FromExecutor::PacketReady(PacketFile { attempt: attempt(1), key: key.into(), path: "p".into() })
+}
+
+#[test]
+fn packets_run_no_further_ahead_than_the_oldest_allows() {
+    let mut bench = Bench::connected();
+    let executor = bench.running(1, Role::Source, vec![address(Role::Source, 1), address(Role::Target, 2)]);
+    let mut made =
+        (0..6).flat_map(|i| bench.after(Input::Executor { executor, message: packet(&format!("p{i}")) })).count();
+    assert_eq!(made, 4, "the first four are under way");
+    let sent =
+        |key: &str| Input::PacketSent { seat: seat(1, Role::Source), key: key.into(), bytes: 1, bytes_per_second: 0 };
+    assert_eq!(bench.after(sent("p1")), ["sent p1 of x1"], "p0 has not arrived, so p4 waits");
+    made += 2;
+    assert_eq!(bench.after(sent("p0")), ["sent p0 of x1", "send p4 to w2", "send p5 to w2"]);
+    bench.after(Input::Executor { executor, message: finished(1) });
+    let last: Vec<_> = ["p2", "p3", "p4", "p5"].into_iter().flat_map(|key| bench.after(sent(key))).collect();
+    assert_eq!(last, ["keep r1.0#f1 source 0 ms"]);
+    assert_eq!(made, 6);
+}
+
+#[test]
+fn a_seat_takes_no_more_packets_than_it_reads() {
+    let mut bench = Bench::connected();
+    let executor = bench.running(1, Role::Target, vec![address(Role::Source, 2), address(Role::Target, 1)]);
+    let target = seat(1, Role::Target);
+    for i in 0..12 {
+        assert_eq!(bench.0.offer(target, &OTHER_KEY), OfferVerdict::Take);
+        bench.after(Input::PacketArrived { seat: target, key: format!("p{i}"), path: "q".into(), bytes: 1 });
+    }
+    assert_eq!(bench.0.offer(target, &OTHER_KEY), OfferVerdict::Full);
+    let used = exec::PacketKey { attempt: attempt(1), key: "p0".into() };
+    bench.after(Input::Executor { executor, message: FromExecutor::PacketUsed(used) });
+    assert_eq!(bench.0.offer(target, &OTHER_KEY), OfferVerdict::Take);
+}
+
+#[test]
+fn what_a_seat_needs_is_brought_before_it_takes_an_executor() {
+    let mut bench = Bench::connected();
+    let needing = |fence| {
+        let Input::Coordinator(ToWorker::StartSeat(mut start)) = start(fence, Role::Main, vec![]) else {
+            unreachable!("a start")
+        };
+        let hash = protocol::ids::ArtifactHash([1; 32]);
+        start.inputs.push(protocol::control::Output { name: "projector.safetensors".into(), hash, bytes: 3 });
+        Input::Coordinator(ToWorker::StartSeat(start))
+    };
+    assert_eq!(bench.after(needing(1)), ["gather 1 for r1.0#f1 main"]);
+    let inputs = vec![("projector.safetensors".to_owned(), "in/projector.safetensors".to_owned())];
+    let gathered = Input::Gathered { seat: seat(1, Role::Main), inputs };
+    assert_eq!(bench.after(gathered), ["launch x1"]);
+    bench.after(cancel(1));
+    assert_eq!(bench.after(Input::ExecutorReady { executor: ExecutorId(1), build: "b".into() }), [""; 0]);
+    assert_eq!(bench.after(needing(2)), ["gather 1 for r1.0#f2 main"]);
+    let failure = Failure::new(FailureKind::InputMissing, "not there");
+    let effects = bench.after(Input::CouldNotStart { seat: seat(2, Role::Main), failure });
+    assert_eq!(effects.last().unwrap(), "say failed f2 input missing");
+    // The lane is free again.
+    assert_eq!(bench.after(start(3, Role::Main, vec![])), ["run f3 on x1"]);
 }

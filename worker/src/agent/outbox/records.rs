@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 use super::{OutboxError, at};
 use crate::agent::core::{Input, SeatId};
-use crate::agent::publish::chain;
+use crate::agent::way::chain;
 
 const NAME: &str = "records.log";
 /// Bytes of an entry before its frame.

@@ -4,10 +4,12 @@
 //! disk from its first chunk on, by the root of its content, so that a cut link costs the chunks under way and no more.
 //!
 //! Layout: [`header`] checks what an OFFER claims before anything is allocated, [`packet`] names a packet's content,
-//! [`inbox`] holds what is under way here, [`serve`] speaks as receiver, [`send`] as sender.
+//! [`inbox`] holds what is under way here, [`serve`] speaks as receiver, [`send`] as sender; [`local`] is
+//! for two seats of one worker.
 
 pub mod header;
 pub mod inbox;
+pub(in crate::agent) mod local;
 pub mod packet;
 pub mod send;
 pub mod serve;

@@ -18,7 +18,7 @@ use tokio::sync::{Mutex, Semaphore};
 use super::packet::PacketSource;
 use crate::agent::backoff::{Backoff, random};
 use crate::agent::core::SeatId;
-use crate::agent::publish::chain;
+use crate::agent::way::chain;
 
 /// A target that cannot be reached, or gets nothing through, for so long is lost.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -58,7 +58,7 @@ enum Ended {
     /// It may work the next time.
     Again(String),
     /// The target is there and asks to wait.
-    Wait { for_ms: u64, why: String },
+    Wait { for_ms: u64, why: String, busy: bool },
     /// It did not arrive as it was sent.
     Corrupt { why: String },
     /// It will not work.
@@ -102,15 +102,18 @@ impl Sender {
         let _turn = peer.turns.acquire().await;
         let (floor, first, longest) = RETRY;
         let mut backoff = Backoff::new(floor, first, longest);
-        let (mut reached_at, started_at) = (Instant::now(), Instant::now());
+        let (mut reached_at, mut started_at) = (Instant::now(), Instant::now());
         let mut corrupt = 0;
         loop {
             let progress = AtomicBool::new(false);
             let wait = match self.attempt(from, to, key, &source, &peer, &progress).await {
                 Ok(()) => return Ok(source.header.len() as u64 + source.payload_bytes),
                 Err(Ended::Never(failure)) => return Err(failure),
-                Err(Ended::Wait { for_ms, why }) => {
+                Err(Ended::Wait { for_ms, why, busy }) => {
                     reached_at = Instant::now();
+                    if busy {
+                        started_at = reached_at;
+                    }
                     if started_at.elapsed() > WAITING_PATIENCE {
                         return Err(lost(to, &why));
                     }
@@ -176,7 +179,8 @@ impl Sender {
         let have = match hear(&mut reader, &connection).await? {
             PeerMessage::Grant(grant) => grant.have,
             PeerMessage::Wait(wait) => {
-                return Err(Ended::Wait { for_ms: wait.retry_in_ms, why: protocol::limits::clean_text(&wait.reason) });
+                let why = protocol::limits::clean_text(&wait.reason);
+                return Err(Ended::Wait { for_ms: wait.retry_in_ms, why, busy: wait.busy });
             }
             other => return Err(unexpected(to, key, other)),
         };

@@ -16,7 +16,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::inbox::{ChunkError, FinishError, Inbox, Partial, Place};
 use super::{Question, ask, header};
 use crate::agent::core::{Input, OfferVerdict, SeatId};
-use crate::agent::publish::chain;
+use crate::agent::way::chain;
 
 /// A peer must finish its handshake by then.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -26,6 +26,8 @@ const STALLED: Duration = Duration::from_secs(30);
 const EARLY_MS: u64 = 200;
 /// Pause asked of a sender while too much is under way.
 const FULL_MS: u64 = 1000;
+/// Pause asked of a sender while the seat works through what it has: short, or the seat would wait for it.
+const UNREAD_MS: u64 = 20;
 /// Chunks of one connection in memory at once.
 const CHUNKS_AT_ONCE: usize = 16;
 
@@ -138,7 +140,7 @@ async fn converse(peer: &Arc<Peer>, mut send: SendStream, mut reader: FrameReade
             Ok(Place::Arrived) => arrived_before(&offer, &mut send, &mut reader).await,
             Ok(Place::Full) => {
                 let reason = "too much is under way here".to_owned();
-                Some(Wait { transfer: offer.transfer, retry_in_ms: FULL_MS, reason }.into())
+                Some(Wait { transfer: offer.transfer, retry_in_ms: FULL_MS, reason, busy: false }.into())
             }
             Err(answer) => Some(answer),
         };
@@ -162,7 +164,11 @@ async fn consider(peer: &Peer, offer: &Offer) -> Result<Place, PeerMessage> {
         OfferVerdict::Take => {}
         OfferVerdict::NotYet => {
             let reason = format!("{to} has not started here");
-            return Err(Wait { transfer, retry_in_ms: EARLY_MS, reason }.into());
+            return Err(Wait { transfer, retry_in_ms: EARLY_MS, reason, busy: false }.into());
+        }
+        OfferVerdict::Full => {
+            let reason = format!("{to} has not read what came before");
+            return Err(Wait { transfer, retry_in_ms: UNREAD_MS, reason, busy: true }.into());
         }
         OfferVerdict::NotTheSeat => {
             let text = format!("{} has no seat in {}", peer.member.identity().worker, offer.attempt);

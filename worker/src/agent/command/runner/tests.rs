@@ -72,6 +72,7 @@ fn start(device: &str, spec: CommandSpec) -> Box<StartSeat> {
         lane: 0,
         spec: ShardSpec::Command(Box::new(spec)),
         seats: Vec::new(),
+        inputs: Vec::new(),
     })
 }
 

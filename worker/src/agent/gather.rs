@@ -1,0 +1,144 @@
+//! Bringing artifacts that a seat needs to where its executor can read them, checked against their names on the way.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use protocol::control::{Download, DownloadAnswer, Failure, FailureKind, Output, ToCoordinator, ToWorker};
+use protocol::ids::ArtifactHash;
+use protocol::quic::{FrameReader, Received, write_frame};
+use protocol::store::Store;
+use quinn::{Connection, RecvStream};
+use tokio::io::AsyncWriteExt;
+
+use super::backoff::{Backoff, random};
+use super::core::SeatId;
+use super::way::{NotYet, ToStore, Way, chain};
+
+/// A store that cannot be used for so long fails the seat: another worker may have a better way to it.
+const PATIENCE: Duration = Duration::from_secs(120);
+const RETRY: (Duration, Duration, Duration) =
+    (Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(10));
+/// The coordinator may take this long to answer: it reads from its own store meanwhile.
+const ANSWER: Duration = Duration::from_secs(60);
+/// Bytes moved at once.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// Brings `inputs` into `directory` and says where each lies: (name, path).
+///
+/// # Errors
+/// `InputMissing` if the store does not have one or cannot be used for two minutes; `LocalDisk`.
+pub(super) async fn gather(
+    store: &ToStore,
+    seat: SeatId,
+    inputs: Vec<Output>,
+    directory: PathBuf,
+) -> Result<Vec<(String, String)>, Failure> {
+    let disk = |error: io::Error| {
+        Failure::new(FailureKind::LocalDisk, format!("could not write below {}: {error}", directory.display()))
+    };
+    protocol::private_file::create_dir(&directory).map_err(disk)?;
+    let mut places = Vec::with_capacity(inputs.len());
+    for input in inputs {
+        if input.name.is_empty() || !input.name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
+            return Err(Failure::new(FailureKind::BadSpec, format!("`{}` is no name for an input", input.name)));
+        }
+        let path = directory.join(&input.name);
+        bring(store, seat, &input, &path).await?;
+        places.push((input.name, path.to_string_lossy().into_owned()));
+    }
+    Ok(places)
+}
+
+async fn bring(store: &ToStore, seat: SeatId, input: &Output, path: &Path) -> Result<(), Failure> {
+    let (floor, first, longest) = RETRY;
+    let mut backoff = Backoff::new(floor, first, longest);
+    let started = tokio::time::Instant::now();
+    loop {
+        let error = match try_bring(store, seat, input, path).await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        if started.elapsed() > PATIENCE {
+            let text = format!("{} ({}) could not be had: {error}", input.name, input.hash);
+            return Err(Failure::new(FailureKind::InputMissing, text));
+        }
+        tokio::time::sleep(backoff.next_wait(random())).await;
+    }
+}
+
+async fn try_bring(store: &ToStore, seat: SeatId, input: &Output, path: &Path) -> Result<(), NotYet> {
+    match store.way().await? {
+        Way::Mount(mounted) => {
+            let (hash, path) = (input.hash, path.to_owned());
+            match store.threads.run(move || copy(&mounted, hash, &path)).await {
+                Ok(result) => result,
+                Err(stalled) => Err(NotYet(stalled.to_string())),
+            }
+        }
+        Way::Coordinator(connection) => download(&connection, seat, input, path).await,
+    }
+}
+
+/// From the mount, read once: what is hashed is what is written.
+fn copy(store: &Store, hash: ArtifactHash, path: &Path) -> Result<(), NotYet> {
+    let failed = |error: &dyn std::error::Error| NotYet(chain(error));
+    let source = store.blob_path(&hash);
+    let mut from = File::open(&source).map_err(|error| NotYet(format!("{}: {error}", source.display())))?;
+    let mut to = File::create(path).map_err(|error| failed(&error))?;
+    let (mut hasher, mut piece) = (blake3::Hasher::new(), vec![0; PIECE_BYTES]);
+    loop {
+        let length = from.read(&mut piece).map_err(|error| failed(&error))?;
+        if length == 0 {
+            break;
+        }
+        hasher.update(&piece[..length]);
+        to.write_all(&piece[..length]).map_err(|error| failed(&error))?;
+    }
+    named(hash, &hasher)
+}
+
+async fn download(connection: &Connection, seat: SeatId, input: &Output, path: &Path) -> Result<(), NotYet> {
+    let broken = |error: &dyn std::error::Error| NotYet(format!("the download broke off: {}", chain(error)));
+    let (mut send, receive) = connection.open_bi().await.map_err(|error| broken(&error))?;
+    let question = Download { attempt: seat.attempt, hash: input.hash };
+    write_frame(&mut send, &ToCoordinator::from(question)).await.map_err(|error| broken(&error))?;
+    let _ = send.finish();
+    let mut reader = FrameReader::<ToWorker>::new(receive);
+    let answer = tokio::time::timeout(ANSWER, reader.next()).await;
+    match answer.map_err(|_| NotYet("the coordinator does not answer a download".to_owned()))? {
+        Ok(Some(Received::Message(ToWorker::DownloadAnswer(DownloadAnswer { refused: None, .. })))) => {}
+        Ok(Some(Received::Message(ToWorker::DownloadAnswer(DownloadAnswer { refused: Some(why), .. })))) => {
+            return Err(NotYet(protocol::limits::clean_text(&why)));
+        }
+        Ok(_) => return Err(NotYet("the coordinator answered a download with something else".to_owned())),
+        Err(error) => return Err(broken(&error)),
+    }
+    let hasher = write_down(reader.into_stream(), input.bytes, path).await.map_err(|error| broken(&error))?;
+    named(input.hash, &hasher)
+}
+
+/// Writes what comes, up to one piece more than announced.
+async fn write_down(mut stream: RecvStream, announced: u64, path: &Path) -> io::Result<blake3::Hasher> {
+    let mut file = tokio::fs::File::create(path).await?;
+    let (mut hasher, mut bytes) = (blake3::Hasher::new(), 0);
+    while let Some(chunk) = stream.read_chunk(PIECE_BYTES, true).await? {
+        hasher.update(&chunk.bytes);
+        file.write_all(&chunk.bytes).await?;
+        bytes += chunk.bytes.len() as u64;
+        if bytes > announced {
+            break;
+        }
+    }
+    file.flush().await?;
+    Ok(hasher)
+}
+
+fn named(hash: ArtifactHash, hasher: &blake3::Hasher) -> Result<(), NotYet> {
+    let found = ArtifactHash(*hasher.finalize().as_bytes());
+    match found == hash {
+        true => Ok(()),
+        false => Err(NotYet(format!("the bytes of {hash} are those of {found}"))),
+    }
+}

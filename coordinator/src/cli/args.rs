@@ -249,6 +249,15 @@ pub enum StoreCommand {
         /// The store; default: the cluster's
         path: Option<PathBuf>,
     },
+    /// Put files into the store, for a sweep's `corpus`; prints the name of each
+    Put {
+        /// The files
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// The store; default: the cluster's
+        #[arg(long, value_name = "DIR")]
+        store: Option<PathBuf>,
+    },
 }
 
 /// `models …`.

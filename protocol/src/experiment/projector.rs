@@ -108,8 +108,21 @@ pub enum CorpusText {
     /// Sentences that the project makes up about people and where they live, and a question about each.
     Couriers(Couriers),
     /// Files of text: `.txt` in paragraphs, `.jsonl` with a `text` or with `messages` a line. Absolute paths on the boxes, or
-    /// `artifact:HASH` of the store, of which the name's ending is told by `#name.jsonl`.
+    /// files of the store as `bonepile store put` names them ([`stored_file`]).
     Files(Vec<String>),
+}
+
+/// What `bonepile store put` prints for a file: `artifact:HASH:BYTES:NAME`. `None` for any other text.
+pub fn stored_file(text: &str) -> Option<Output> {
+    let mut parts = text.strip_prefix("artifact:")?.splitn(3, ':');
+    let (hash, bytes, name) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?);
+    let plain = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
+    plain.then(|| Output { name: name.to_owned(), hash, bytes })
+}
+
+/// The text for [`stored_file`].
+pub fn name_stored_file(file: &Output) -> String {
+    format!("artifact:{}:{}:{}", file.hash, file.bytes, file.name)
 }
 
 /// How broad made-up sentences are.
@@ -498,6 +511,12 @@ impl TrainSpec {
             };
             needs.extend(recipe.base.as_ref().map(|base| base.need(name, output, false)));
         }
+        if let (CorpusText::Files(files), Stage::Statistics(_) | Stage::Steps { .. }) = (&self.corpus.text, &self.stage)
+        {
+            needs.extend(
+                files.iter().filter_map(|file| stored_file(file)).map(|file| artifact(&file, file.name.clone())),
+            );
+        }
         needs
     }
 
@@ -575,5 +594,21 @@ impl ShardSpec {
             Self::ProjectorEval(spec) => spec.needs(),
             Self::Inspect(_) | Self::Transfer(_) | Self::Command(_) | Self::NoOp(_) => Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::ArtifactHash;
+
+    #[test]
+    fn files_of_the_store_have_a_name_that_reads_back() {
+        let file = Output { name: "corpus.jsonl".to_owned(), hash: ArtifactHash([7; 32]), bytes: 90 };
+        assert_eq!(stored_file(&name_stored_file(&file)), Some(file));
+        for bad in ["/data/corpus.jsonl", "artifact:07:90:x", "artifact:", "artifact:x:1:y"] {
+            assert_eq!(stored_file(bad), None, "{bad}");
+        }
+        assert_eq!(stored_file(&format!("artifact:{}:90:../x", ArtifactHash([7; 32]))), None);
     }
 }

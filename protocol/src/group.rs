@@ -24,6 +24,13 @@ pub struct Group {
     pub trainings: Vec<TrainSpec>,
 }
 
+impl Group {
+    /// What must be over before those that wait for it may start: its shards and its trainings.
+    pub fn parts(&self) -> u32 {
+        self.count.saturating_add(u32::try_from(self.trainings.len()).unwrap_or(u32::MAX))
+    }
+}
+
 /// What a device must be to be given a seat. The default asks for nothing.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct Require {

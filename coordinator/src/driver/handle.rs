@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 
-use protocol::control::{Hello, Refused, ToCoordinator, ToWorker, Welcome, close, refusal};
+use protocol::control::{Download, Hello, Output, Refused, ToCoordinator, ToWorker, Welcome, close, refusal};
 use protocol::ids::{AttemptId, DeviceRef, RunId, ShardId, TokenId, WorkerId};
 use protocol::store::Manifest;
 use protocol::time::UnixMillis;
@@ -108,6 +108,11 @@ pub enum Command {
     Manifest {
         attempt: AttemptId,
         reply: oneshot::Sender<Result<Option<Manifest>, ApiError>>,
+    },
+    Input {
+        worker: WorkerId,
+        download: Download,
+        reply: oneshot::Sender<Result<Option<Output>, ApiError>>,
     },
     Stop {
         reply: oneshot::Sender<()>,
@@ -324,6 +329,11 @@ impl DriverHandle {
     /// What a run's committed shards made, by index; `result` is left for who reads the store.
     pub async fn results(&self, run: RunId) -> Result<RunResults, ApiError> {
         self.ask(|reply| Command::Results { run, reply }).await?
+    }
+
+    /// The artifact that a worker asks for, if a seat that it holds needs it.
+    pub async fn input(&self, worker: WorkerId, download: Download) -> Result<Option<Output>, ApiError> {
+        self.ask(|reply| Command::Input { worker, download, reply }).await?
     }
 
     /// The manifest of a committed attempt; `None` if it is not one.

@@ -229,6 +229,10 @@ impl Driver {
                 let manifest = Ok(self.view().manifest(attempt));
                 self.replies.later(reply, manifest);
             }
+            Command::Input { worker, download, reply } => {
+                let input = Ok(self.view().input(worker, &download));
+                self.replies.later(reply, input);
+            }
             Command::Explain { shard, reply } => {
                 let explanation = self.view().explanation(shard);
                 self.replies.later(reply, explanation);
@@ -283,6 +287,7 @@ impl Driver {
             Run,
             Results,
             Manifest,
+            Input,
             Explain,
             Log,
             Cancel,
@@ -316,8 +321,8 @@ impl Driver {
                 }
                 return;
             }
-            // Net lets neither through on a session that began.
-            ToCoordinator::Hello(_) | ToCoordinator::Upload(_) => return,
+            // Net lets none of these through on a session that began.
+            ToCoordinator::Hello(_) | ToCoordinator::Upload(_) | ToCoordinator::Download(_) => return,
         };
         self.ask(input).expect("what a worker says is never refused, only ignored");
     }

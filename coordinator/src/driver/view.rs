@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use protocol::control::SeatProgress;
+use protocol::control::{Download, Output, SeatProgress};
 use protocol::ids::{AttemptId, DeviceRef, RunId, ShardId, TokenId, WorkerId};
 use protocol::store::{Manifest, SeatRecord};
 
@@ -17,7 +17,7 @@ use crate::api::{
 };
 use crate::scheduler::board::Row;
 use crate::scheduler::reason::Rated;
-use crate::scheduler::state::{Attempt, Run, Seat, Shard, Token, Worker};
+use crate::scheduler::state::{Attempt, AttemptState, Run, Seat, Shard, Token, Worker};
 use crate::scheduler::{Scheduler, ShardState};
 
 /// Waiting shards of a run whose reason is worked out for its detail; the reasons of the others are the same few.
@@ -121,9 +121,19 @@ impl View<'_> {
             fence: id.fence,
             coordinator_build: protocol::BUILD.to_owned(),
             seats: attempt.seats.iter().filter_map(seat).collect(),
+            inputs: run.inputs(&shard.spec),
             started: attempt.placed_at,
             finished: attempt.ended_at.unwrap_or(attempt.placed_at),
         })
+    }
+
+    /// The artifact that a worker asks for, if it is an input of an open attempt in which the worker has a seat.
+    pub(super) fn input(&self, worker: WorkerId, download: &Download) -> Option<Output> {
+        let (state, id) = (self.scheduler.state(), download.attempt);
+        let open = state.attempt(id).filter(|attempt| attempt.state == AttemptState::Open)?;
+        open.seats.iter().find(|seat| seat.device.worker == worker)?;
+        let inputs = state.runs.get(&id.shard.run)?.inputs(&state.shard(id.shard)?.spec);
+        inputs.into_iter().find(|input| input.hash == download.hash)
     }
 
     fn run(&self, id: RunId) -> Result<&Run, ApiError> {

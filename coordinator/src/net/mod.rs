@@ -3,12 +3,14 @@
 //! Every peer passes [`protocol::quic::admit`] before anything it says is read. Decides nothing about work: sessions hand
 //! what workers say to the driver and write what the driver says.
 //!
-//! Layout: `join` gives certificates to boxes with a token, `session` carries a worker's control stream, `upload`
-//! takes artifacts of workers without the store's mount, `rate` bounds guessing.
+//! Layout: `join` gives certificates to boxes with a token, `session` carries a worker's control stream, `transfers`
+//! the streams of artifacts of workers without the store's mount (`upload`, `download`), `rate` bounds guessing.
 
+mod download;
 mod join;
 mod rate;
 mod session;
+mod transfers;
 mod upload;
 
 use std::collections::BTreeMap;

@@ -11,7 +11,7 @@ use protocol::quic::{FrameReader, Member, Received, close_with, explain, write_f
 use quinn::{SendStream, VarInt};
 use tokio::sync::mpsc;
 
-use super::{FIRST_WORD, LAST_WORD, Shared, chain, upload};
+use super::{FIRST_WORD, LAST_WORD, Shared, chain, transfers};
 
 /// Messages for one worker that wait for its connection; a worker that reads so slowly is dropped by the driver. Each of its
 /// devices may be sent [`protocol::limits::SEATS_AHEAD_MAX`] seats at once.
@@ -117,7 +117,7 @@ async fn converse(
                 member.connection().close(VarInt::from_u32(code), b"the coordinator ends this session");
             }
         }
-        () = upload::serve(member, shared) => {}
+        () = transfers::serve(member, shared) => {}
         _ = member.connection().closed() => {}
     }
 }
@@ -162,7 +162,7 @@ async fn read(
         };
         let answer = match &message {
             ToCoordinator::Heartbeat(heartbeat) => Some(HeartbeatAck { sequence: heartbeat.sequence }),
-            ToCoordinator::Hello(_) | ToCoordinator::Upload(_) => {
+            ToCoordinator::Hello(_) | ToCoordinator::Upload(_) | ToCoordinator::Download(_) => {
                 tracing::warn!(%worker, "closed a worker's connection: a message that has no place on the control stream");
                 member.connection().close(VarInt::from_u32(close::PROTOCOL), b"out of place on the control stream");
                 return;
@@ -196,7 +196,10 @@ fn cleaned_message(mut message: ToCoordinator) -> ToCoordinator {
             failed.failure.hint = clean_text(&failed.failure.hint);
         }
         ToCoordinator::SeatFinished(finished) => finished.build = clean_text(&finished.build),
-        ToCoordinator::Hello(_) | ToCoordinator::Upload(_) | ToCoordinator::SeatWrote(_) => {}
+        ToCoordinator::Hello(_)
+        | ToCoordinator::Upload(_)
+        | ToCoordinator::Download(_)
+        | ToCoordinator::SeatWrote(_) => {}
     }
     message
 }

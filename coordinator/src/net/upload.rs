@@ -5,11 +5,10 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use protocol::control::{ToCoordinator, ToWorker, Upload, UploadAnswer, close};
-use protocol::ids::ArtifactHash;
-use protocol::quic::{FrameReader, Member, Received, close_with, write_frame};
+use protocol::control::{ToWorker, Upload, UploadAnswer, close};
+use protocol::ids::{ArtifactHash, WorkerId};
+use protocol::quic::write_frame;
 use quinn::{RecvStream, SendStream, VarInt};
 use tokio::io::AsyncWriteExt;
 
@@ -29,36 +28,25 @@ pub(super) fn prepare(directory: &Path) -> io::Result<()> {
     std::fs::create_dir_all(directory)
 }
 
-/// Takes the uploads of one connection, one after the other; ends with the connection.
-pub(super) async fn serve(member: &Member, shared: &Arc<Shared>) {
-    // One at a time keeps one worker from filling the disk's queue; others have connections of their own.
-    while let Ok((mut send, receive)) = member.connection().accept_bi().await {
-        let mut reader = FrameReader::<ToCoordinator>::new(receive);
-        let upload = match reader.next().await {
-            Ok(Some(Received::Message(ToCoordinator::Upload(upload)))) => upload,
-            Ok(None) => continue,
-            Ok(_) => {
-                member.connection().close(VarInt::from_u32(close::PROTOCOL), b"an upload was expected");
-                return;
-            }
-            Err(error) => {
-                close_with(member.connection(), &error);
-                return;
-            }
-        };
-        let worker = member.identity().worker;
-        let path = shared.uploads.join(format!("{worker}-{}", upload.hash));
-        let outcome = take(&upload, reader.into_stream(), &path, shared).await;
-        if let Err(error) = tokio::fs::remove_file(&path).await
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(path = %path.display(), "could not remove an upload: {error}");
-        }
-        if let Err(refused) = &outcome {
-            tracing::warn!(%worker, attempt = %upload.attempt, artifact = %upload.hash, "refused an upload: {refused}");
-        }
-        answer(&mut send, outcome.err()).await;
+/// Takes one upload, and answers.
+pub(super) async fn serve(
+    worker: WorkerId,
+    upload: &Upload,
+    stream: RecvStream,
+    send: &mut SendStream,
+    shared: &Shared,
+) {
+    let path = shared.uploads.join(format!("{worker}-{}", upload.hash));
+    let outcome = take(upload, stream, &path, shared).await;
+    if let Err(error) = tokio::fs::remove_file(&path).await
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), "could not remove an upload: {error}");
     }
+    if let Err(refused) = &outcome {
+        tracing::warn!(%worker, attempt = %upload.attempt, artifact = %upload.hash, "refused an upload: {refused}");
+    }
+    answer(send, outcome.err()).await;
 }
 
 async fn answer(send: &mut SendStream, refused: Option<String>) {

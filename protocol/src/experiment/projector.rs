@@ -442,7 +442,22 @@ impl ProjectorRef {
     }
 }
 
+impl Samples {
+    /// The place behind its last.
+    pub fn end(&self) -> u64 {
+        self.first.saturating_add(u64::from(self.count))
+    }
+}
+
 impl Stage {
+    /// What it goes over, if it is one shard's share of the samples.
+    pub fn samples(&self) -> Option<Samples> {
+        match self {
+            Self::Statistics(samples) | Self::Steps { samples, .. } => Some(*samples),
+            Self::Whole { .. } | Self::Solve { .. } | Self::Outer { .. } => None,
+        }
+    }
+
     /// The seats.
     pub fn roles(&self) -> &'static [Role] {
         match self {

@@ -211,7 +211,7 @@ impl Walk<'_> {
         if name != format!("{}.json", manifest.shard) {
             self.find(FindingKind::BadManifest, path, format!("is of shard {}", manifest.shard));
         }
-        for output in manifest.outputs() {
+        for output in manifest.artifacts() {
             match self.blobs.get_mut(&output.hash) {
                 Some(blob) => {
                     blob.referenced = true;

@@ -31,6 +31,9 @@ pub struct Manifest {
     pub coordinator_build: String,
     /// Who computed, one entry a seat.
     pub seats: Vec<SeatRecord>,
+    /// Artifacts of other shards that it used, by the names under which it knew them.
+    #[serde(default)]
+    pub inputs: Vec<Output>,
     /// When the attempt started.
     pub started: UnixMillis,
     /// When its last seat was finished.
@@ -66,8 +69,8 @@ impl Manifest {
     /// Version of the file's form.
     pub const FORMAT: u32 = 1;
 
-    /// Every artifact that it names.
-    pub fn outputs(&self) -> impl Iterator<Item = &Output> {
-        self.seats.iter().flat_map(|seat| &seat.outputs)
+    /// Every artifact that it names: what was made, and what it was made from.
+    pub fn artifacts(&self) -> impl Iterator<Item = &Output> {
+        self.seats.iter().flat_map(|seat| &seat.outputs).chain(&self.inputs)
     }
 }

@@ -41,6 +41,7 @@ fn manifest(shard: &str, fence: u64, outputs: Vec<Output>) -> Manifest {
             outputs,
             usage: Usage::default(),
         }],
+        inputs: Vec::new(),
         started: NOW,
         finished: NOW.plus_ms(10),
     }

@@ -94,7 +94,8 @@ impl<'a> Engine<'a> {
             let Some(spec) = spec else { continue };
             let (role, device, worker) = (seat.role, seat.device.device.clone(), seat.device.worker);
             let (reserved_bytes, lane) = (seat.reserved_bytes, seat.lane);
-            let start = StartSeat { attempt, role, device, reserved_bytes, lane, spec, seats: Vec::new() };
+            let start =
+                StartSeat { attempt, role, device, reserved_bytes, lane, spec, seats: Vec::new(), inputs: Vec::new() };
             // Something is left to do, however late it is.
             let left = seat.expected_ms.saturating_sub(now.since_ms(placed_at)).max(seat.expected_ms / 10).max(1);
             let truth = Truth { wall_ms: left, peak_bytes: 0 };

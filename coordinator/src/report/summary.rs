@@ -134,6 +134,7 @@ impl Summary {
                 ShardSpec::Transfer(spec) => add_to_group(&mut groups, shard, spec),
                 // Their results are the researcher's own files.
                 ShardSpec::Command(_) | ShardSpec::NoOp(_) => {}
+                ShardSpec::ProjectorTrain(_) | ShardSpec::ProjectorEval(_) => {}
             }
         }
         summary.transfers = groups.into_iter().map(Group::finish).collect();

@@ -3,6 +3,7 @@
 //! Decides nothing: an event that does not fit the state is an error that names both, and the state is left as it was.
 
 use protocol::control::{FailureKind, Retry};
+use protocol::experiment::ShardSpec;
 use protocol::group::Group;
 use protocol::ids::{AttemptId, Role, RunId, ShardId, TokenId, WorkerId};
 use protocol::model_name::is_path;
@@ -11,6 +12,7 @@ use super::event::{AttemptPlaced, Event, PlacedSeat, Record, Report, RunAccepted
 use super::request::{MEGABYTE, link_class, seat_class};
 use super::state::{Attempt, AttemptState, Outcome, Run, Seat, Shard, State, Token, Worker};
 use super::status::{RunState, ShardState};
+use super::training;
 
 /// An event does not fit the state: the journal is damaged, or this build has a bug.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -89,6 +91,8 @@ impl State {
             Event::DrainEnded { worker } => self.worker_mut(*worker).map(|worker| worker.draining = false),
             Event::WorkerRevoked { worker } => self.worker_mut(*worker).map(|worker| worker.revoked = true),
             Event::RunAccepted(accepted) => self.run_accepted(accepted, record),
+            Event::RoundOpened { run, training, specs } => self.round_opened(*run, *training, specs, record),
+            Event::TrainingEnded { run, training } => self.run_mut(*run)?.training_ended(*training),
             Event::AttemptPlaced(placed) => self.attempt_placed(placed, record),
             Event::SeatFreed { attempt, role } => self.seat_freed(*attempt, *role),
             Event::SeatCompleted(completed) => self.seat_completed(completed, record),
@@ -179,17 +183,12 @@ impl State {
         if self.runs.last_key_value().is_some_and(|(last, _)| *last >= accepted.run) {
             return Err(format!("run {} is not newer than every other", accepted.run));
         }
-        let count = u32::try_from(accepted.specs.len()).ok().filter(|count| *count > 0).ok_or("no shards")?;
-        let shard = |spec: &protocol::experiment::ShardSpec| Shard {
-            spec: spec.clone(),
-            state: ShardState::Waiting,
-            tries: 0,
-            free_retries: 0,
-            not_before: record.at,
-            reopened_at_attempt: 0,
-            attempts: Vec::new(),
-        };
+        let count = u32::try_from(accepted.specs.len()).map_err(|_| "too many shards")?;
         let groups = groups(accepted, count)?;
+        let trainings = training::of_groups(&groups)?;
+        if count == 0 && trainings.is_empty() {
+            return Err("no shards".to_owned());
+        }
         let run = Run {
             name: accepted.name.clone(),
             priority: accepted.priority,
@@ -202,13 +201,26 @@ impl State {
             state: RunState::Running,
             finished_at: None,
             cancel_reason: String::new(),
-            shards: accepted.specs.iter().map(shard).collect(),
+            shards: accepted.specs.iter().map(|spec| Shard::waiting(spec, record.at)).collect(),
             waiting: (0..count).collect(),
             running: Default::default(),
-            uncommitted: groups.iter().map(|group| group.count).collect(),
+            uncommitted: groups.iter().map(Group::parts).collect(),
             groups,
+            trainings,
+            rounds: Vec::new(),
         };
         self.runs.insert(accepted.run, run);
+        Ok(())
+    }
+
+    fn round_opened(&mut self, id: RunId, training: u32, specs: &[ShardSpec], record: &Record) -> Result<(), Misfit> {
+        let run = self.run_mut(id)?;
+        if run.state != RunState::Running {
+            return Err(format!("run {id} is {}", run.state));
+        }
+        let indices = run.round_opened(training, specs)?;
+        run.shards.extend(specs.iter().map(|spec| Shard::waiting(spec, record.at)));
+        run.waiting.extend(indices);
         Ok(())
     }
 
@@ -308,6 +320,7 @@ impl State {
         if let Some(left) = run.group_index(id.shard.index).and_then(|group| run.uncommitted.get_mut(group)) {
             *left = left.saturating_sub(1);
         }
+        run.note_training(id.shard.index);
         self.set_state(id.shard, ShardState::Committed)
     }
 

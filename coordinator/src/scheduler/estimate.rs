@@ -3,6 +3,8 @@
 //! Describes executors as they are: f32 weights, one model at a time, caches in the box's memory. Does not learn from finished
 //! shards yet.
 
+pub mod projector;
+
 use protocol::catalogue;
 use protocol::experiment::{InspectSpec, ShardSpec, TransferSpec};
 use protocol::hardware::{Device, DeviceKind};
@@ -23,12 +25,15 @@ const QUESTION_TOKENS: u32 = 30;
 /// Tokens that the source writes for condition `naive`.
 const NAIVE_TOKENS: u32 = 30;
 
-/// Memory to set aside for a seat wherever it is placed, bytes: the most of what a processor and a card need, and the most of
-/// all the shard's seats, so that those of a gang may change places.
-pub fn seat_bytes<'a>(spec: &ShardSpec, shape: impl Fn(&str) -> Option<&'a ModelShape>) -> u64 {
+/// Memory to set aside for a seat wherever it is placed, bytes: the most of what a processor and a card need. Where the seats
+/// of a gang have one model, the most of both, so that they may change places.
+pub fn seat_bytes<'a>(spec: &ShardSpec, role: Role, shape: impl Fn(&str) -> Option<&'a ModelShape>) -> u64 {
     let on = |role, backend| seat_bytes_on(spec, role, backend, &shape);
-    let most = |role: &Role| on(*role, Backend::Cpu { threads: THREADS }).max(on(*role, Backend::CARD));
-    spec.roles().iter().map(most).max().unwrap_or(0)
+    let most = |role: Role| on(role, Backend::Cpu { threads: THREADS }).max(on(role, Backend::CARD));
+    match spec {
+        ShardSpec::Transfer(_) => spec.roles().iter().map(|role| most(*role)).max().unwrap_or(0),
+        _ => most(role),
+    }
 }
 
 /// What one seat needs on a device that is known, with the models' sizes from `shape`. What a researcher's program needs is declared.
@@ -41,27 +46,30 @@ pub fn seat_bytes_on<'a>(
     match spec {
         ShardSpec::Command(command) => return command.memory_bytes,
         ShardSpec::NoOp(_) => return 0,
-        ShardSpec::Inspect(_) | ShardSpec::Transfer(_) => {}
+        ShardSpec::Inspect(_) | ShardSpec::Transfer(_) | ShardSpec::ProjectorTrain(_) | ShardSpec::ProjectorEval(_) => {
+        }
     }
     let need = seat_footprint(spec, role, backend, shape).map_or(UNKNOWN_MODEL_BYTES, |footprint| footprint.peak());
     need.saturating_add(need / MARGIN_SHARE)
 }
 
-/// What a seat takes, part by part; `None` if the sizes of its model are not known, or it runs none.
+/// What a seat takes, part by part; `None` if the sizes of its models are not known, or it runs none.
 pub fn seat_footprint<'a>(
     spec: &ShardSpec,
     role: Role,
     backend: Backend,
     shape: impl Fn(&str) -> Option<&'a ModelShape>,
 ) -> Option<Footprint> {
+    let known = |model: &str| catalogue::shape(model).or_else(|| shape(model));
     let (model, capture) = match spec {
+        ShardSpec::ProjectorTrain(spec) => return projector::training(spec, role, backend, known),
+        ShardSpec::ProjectorEval(spec) => return projector::evaluation(spec, role, backend, known),
         ShardSpec::Inspect(spec) => (&spec.model, inspected(spec)),
         ShardSpec::Transfer(spec) if role == Role::Source => (&spec.model, sent(spec)),
         ShardSpec::Transfer(spec) => (&spec.model, scored(spec)),
         ShardSpec::Command(_) | ShardSpec::NoOp(_) => return None,
     };
-    let shape = catalogue::model(model).map(|known| &known.shape).or_else(|| shape(model))?;
-    Some(estimate(shape, Quantisation::F32, Phase::Capture(capture), backend))
+    Some(estimate(known(model)?, Quantisation::F32, Phase::Capture(capture), backend))
 }
 
 /// What computes on a device.
@@ -104,7 +112,7 @@ mod tests {
 
     #[test]
     fn a_seat_gets_what_its_model_takes_and_a_margin() {
-        let smollm2 = seat_bytes(&inspect("smollm2-135m-instruct", 8), catalogue::shape);
+        let smollm2 = seat_bytes(&inspect("smollm2-135m-instruct", 8), Role::Main, catalogue::shape);
         // 0.54 GB of f32 weights on a card, CUDA's 0.4 GB, caches.
         assert!((900_000_000..1_300_000_000).contains(&smollm2), "{smollm2}");
         let few = seat_bytes_on(&inspect("gemma-3-270m", 1), Role::Main, Backend::Cpu { threads: 2 }, &|_| None);
@@ -115,7 +123,7 @@ mod tests {
     #[test]
     fn a_model_that_its_worker_described_needs_no_guess() {
         let spec = inspect("own.gguf", 1);
-        assert!(seat_bytes(&spec, catalogue::shape) > UNKNOWN_MODEL_BYTES);
+        assert!(seat_bytes(&spec, Role::Main, catalogue::shape) > UNKNOWN_MODEL_BYTES);
         let shape = ModelShape::new([2, 64, 4, 2, 16, 128], 1000, true, 512);
         let bytes = seat_bytes_on(&spec, Role::Main, Backend::Cpu { threads: 1 }, &|_| Some(&shape));
         assert!(bytes < 40_000_000, "{bytes}");

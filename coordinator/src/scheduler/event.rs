@@ -119,6 +119,22 @@ pub enum Event {
     },
     /// A sweep became a run; every shard waits.
     RunAccepted(RunAccepted),
+    /// A training goes on: further shards, behind all that its run has, wait.
+    RoundOpened {
+        /// The run.
+        run: RunId,
+        /// Which of its trainings.
+        training: u32,
+        /// What each shard does.
+        specs: Vec<ShardSpec>,
+    },
+    /// Everything of a training has committed.
+    TrainingEnded {
+        /// The run.
+        run: RunId,
+        /// Which of its trainings.
+        training: u32,
+    },
     /// A shard was given devices. Its attempt is open and fences all older ones.
     AttemptPlaced(AttemptPlaced),
     /// A seat's process is over but its outcome is still in its worker's outbox: the device is free again.
@@ -201,6 +217,8 @@ impl Event {
             Self::DrainEnded { .. } => "DrainEnded",
             Self::WorkerRevoked { .. } => "WorkerRevoked",
             Self::RunAccepted(_) => "RunAccepted",
+            Self::RoundOpened { .. } => "RoundOpened",
+            Self::TrainingEnded { .. } => "TrainingEnded",
             Self::AttemptPlaced(_) => "AttemptPlaced",
             Self::SeatFreed { .. } => "SeatFreed",
             Self::SeatCompleted(_) => "SeatCompleted",

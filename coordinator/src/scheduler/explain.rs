@@ -133,7 +133,12 @@ impl Scheduler {
             group.after.iter().find(|earlier| run.uncommitted.get(**earlier as usize).is_some_and(|left| *left > 0));
         if let Some(earlier) = pending {
             let (name, left) = (&run.groups[*earlier as usize].name, run.uncommitted[*earlier as usize]);
-            return Some(format!("waits for experiment `{name}`, of which {left} shards have not committed"));
+            let open = run.open_trainings(*earlier);
+            let of = match open {
+                0 => format!("{left} shards have not committed"),
+                open => format!("{open} trainings have not ended"),
+            };
+            return Some(format!("waits for experiment `{name}`, of which {of}"));
         }
         let capped = run.running_max > 0 && run.running.len() >= run.running_max as usize;
         capped.then(|| format!("waits: its run may have {} shards running (running_max), and has", run.running_max))
@@ -179,8 +184,10 @@ fn need_in_words(view: View<'_>, request: &Request) -> String {
     };
     let each = if request.is_gang() { " each" } else { "" };
     let bytes = request.seats.iter().map(|seat| view.need_bytes(request, seat)).max().unwrap_or(0);
-    let with =
-        if request.models.is_empty() { String::new() } else { format!(" with {}", request.models.join(" and ")) };
+    let mut models: Vec<&str> = request.models.iter().flatten().map(String::as_str).collect();
+    models.sort_unstable();
+    models.dedup();
+    let with = if models.is_empty() { String::new() } else { format!(" with {}", models.join(" and ")) };
     format!("needs {}{each} on {places}{with}", Bytes(bytes))
 }
 

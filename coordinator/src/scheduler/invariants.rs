@@ -5,12 +5,15 @@
 
 use std::collections::BTreeMap;
 
+use protocol::experiment::ShardSpec;
+use protocol::experiment::projector::Samples;
 use protocol::ids::{AttemptId, DeviceRef, RunId, ShardId};
 
 use super::live::Live;
-use super::state::{AttemptState, Run, State};
+use super::state::{AttemptState, Run, Shard, State};
 use super::status::{RunState, ShardState};
 use super::timer::Timer;
+use super::training::OpenedRound;
 
 /// An invariant does not hold: a bug in the scheduler.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +33,7 @@ pub fn check(state: &State, live: &Live) -> Result<(), Broken> {
     every_shard_is_in_one_state(state)?;
     at_most_one_attempt_commits(state)?;
     reservations_fit(state)?;
+    every_sample_is_given_out_once(state)?;
     every_open_seat_has_a_lease(state, live)
 }
 
@@ -105,6 +109,52 @@ pub fn reservations_fit(state: &State) -> Result<(), Broken> {
     Ok(())
 }
 
+/// Part of invariants 1 and 2: the ranges of a training's shards follow on each other without gap or overlap, and since a shard
+/// commits once, each sample counts once; one that has ended has given out all; one that can go on has a round open.
+pub fn every_sample_is_given_out_once(state: &State) -> Result<(), Broken> {
+    let broken = |detail| Broken { name: "every_sample_is_given_out_once", detail };
+    for (id, run) in state.runs.iter().filter(|(_, run)| !run.trainings.is_empty()) {
+        for (number, training) in (0u32..).zip(&run.trainings) {
+            let rounds = run.rounds.iter().filter(|round| round.training == number);
+            let shards: Vec<_> =
+                rounds.flat_map(OpenedRound::indices).filter_map(|index| run.shards.get(index as usize)).collect();
+            let mut next = 0;
+            for samples in shards.iter().filter_map(|shard| samples(shard)) {
+                if samples.first != next || samples.count == 0 {
+                    return Err(broken(format!("training {number} of {id}: {samples:?} where {next} was next")));
+                }
+                next = samples.end();
+            }
+            let committed = shards.iter().all(|shard| shard.state == ShardState::Committed);
+            let all = next == training.spec.samples() && committed;
+            if next != training.assigned || training.ended && !all {
+                return Err(broken(format!("training {number} of {id}: {next} samples given out, {training:?}")));
+            }
+            let ready = run.state == RunState::Running && run.is_ready(training.group as usize);
+            if ready && training.is_due() {
+                return Err(broken(format!("training {number} of {id} could go on and does not")));
+            }
+        }
+        for (group, left) in (0u32..).zip(&run.uncommitted) {
+            let here = |index: &u32| run.group_index(*index) == usize::try_from(group).ok();
+            let open = |index: &u32| run.shards[*index as usize].state != ShardState::Committed;
+            let count = u32::try_from(run.shards.len()).unwrap_or(u32::MAX);
+            let parts = (0..count).filter(here).filter(open).count() + run.open_trainings(group);
+            if *left as usize != parts {
+                return Err(broken(format!("experiment {group} of {id} counts {left} open parts, has {parts}")));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn samples(shard: &Shard) -> Option<Samples> {
+    match &shard.spec {
+        ShardSpec::ProjectorTrain(spec) => spec.stage.samples(),
+        _ => None,
+    }
+}
+
 /// Part of invariant 1: no seat is waited for without a deadline, so every attempt ends.
 pub fn every_open_seat_has_a_lease(state: &State, live: &Live) -> Result<(), Broken> {
     let open: Vec<(AttemptId, _)> = state.unfinished_seats().map(|(attempt, seat)| (attempt, seat.role)).collect();
@@ -124,7 +174,10 @@ fn run_disagrees(id: RunId, run: &Run) -> Option<String> {
     let failed = run.shards.iter().any(|shard| shard.state == ShardState::Failed);
     let agrees = match run.state {
         RunState::Running => !over,
-        RunState::Complete => over && run.shards.iter().all(|shard| shard.state == ShardState::Committed),
+        RunState::Complete => {
+            let ended = run.trainings.iter().all(|training| training.ended);
+            over && ended && run.shards.iter().all(|shard| shard.state == ShardState::Committed)
+        }
         RunState::Failed => over && failed,
         RunState::Cancelled => over,
     };

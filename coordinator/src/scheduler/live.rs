@@ -20,6 +20,7 @@ use super::state::{Attempt, State};
 use super::status::{ShardState, WorkerState};
 use super::throughput::Times;
 use super::timer::{Timer, Timers};
+use super::training::OpenedRound;
 use super::view::{REFERENCE_MFLOPS, reference_unit_us, speed_mflops};
 
 /// How much slower than on the reference card a program is taken to be at most before it was measured.
@@ -123,6 +124,13 @@ impl Live {
                 self.board.touch(device.worker);
             }
             Event::RunAccepted(accepted) => self.enqueue_ready(state, accepted.run, |_| true),
+            Event::RoundOpened { run, training, .. } => self.round_opened(state, *run, *training),
+            Event::TrainingEnded { run, training } => {
+                let group = state.runs.get(run).and_then(|run| run.trainings.get(*training as usize));
+                if let Some(group) = group.map(|training| training.group) {
+                    self.enqueue_dependents(state, *run, group as usize);
+                }
+            }
             Event::AttemptPlaced(placed) => self.attempt_placed(placed, state, now),
             Event::AttemptResumed { attempt } => self.attempt_resumed(*attempt, state, now),
             Event::SeatFreed { attempt, role } => self.board.vacate(*attempt, *role, now),
@@ -247,14 +255,25 @@ impl Live {
         for attempt in attempts.iter().rev().take(2) {
             self.close_attempt(state, AttemptId { shard: id.shard, fence: attempt.fence }, now);
         }
-        let Some(run) = state.runs.get(&id.shard.run) else { return };
-        let Some(group) = run.group_index(id.shard.index).filter(|group| run.uncommitted.get(*group) == Some(&0))
-        else {
-            return;
-        };
+        let group = state.runs.get(&id.shard.run).and_then(|run| run.group_index(id.shard.index));
+        if let Some(group) = group {
+            self.enqueue_dependents(state, id.shard.run, group);
+        }
+    }
+
+    /// The shards of experiments that waited for this one alone, if nothing of it is left.
+    fn enqueue_dependents(&mut self, state: &State, id: RunId, group: usize) {
+        let Some(run) = state.runs.get(&id).filter(|run| run.uncommitted.get(group) == Some(&0)) else { return };
         let after = |number: u32| run.groups[number as usize].after.iter().any(|earlier| *earlier as usize == group);
         if run.groups.iter().any(|group| !group.after.is_empty()) {
-            self.enqueue_ready(state, id.shard.run, after);
+            self.enqueue_ready(state, id, after);
+        }
+    }
+
+    fn round_opened(&mut self, state: &State, id: RunId, training: u32) {
+        let round = state.runs.get(&id).and_then(|run| run.newest_round(training));
+        for index in round.into_iter().flat_map(OpenedRound::indices) {
+            self.enqueue(state, ShardId { run: id, index });
         }
     }
 
@@ -310,7 +329,7 @@ impl Live {
 
     fn note_warm(&mut self, state: &State, id: AttemptId, role: Role) {
         let Some(shard) = state.shard(id.shard) else { return };
-        let models = shard.spec.models();
+        let models = shard.spec.models_of(role);
         if models.is_empty() {
             return;
         }

@@ -275,7 +275,12 @@ impl Scheduler {
                 addresses: address.unwrap_or_default(),
             });
         }
-        let Some(spec) = self.state.shard(id.shard).map(|shard| shard.spec.clone()) else { return };
+        let Some((run, spec)) =
+            self.state.runs.get(&id.shard.run).zip(self.state.shard(id.shard).map(|shard| shard.spec.clone()))
+        else {
+            return;
+        };
+        let inputs = run.inputs(&spec);
         let start = StartSeat {
             attempt: id,
             role,
@@ -284,6 +289,7 @@ impl Scheduler {
             lane: seat.lane,
             spec,
             seats,
+            inputs,
         };
         if self.live.connected(worker).is_none() {
             return;

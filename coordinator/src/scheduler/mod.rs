@@ -8,6 +8,7 @@
 //! - [`input`]: inputs, answers, rejections, effects. [`event`]: what is journaled.
 //! - [`state`] and its one `apply` (`apply.rs`); [`live`] for what is not journaled; [`timer`]: the deadlines.
 //! - [`queue`] (who waits, by [`request`]) and [`board`] (devices and what holds them): indices of the state.
+//! - [`training`]: trainings as rounds of shards; `rounds.rs` decides when the next one opens and who is in it.
 //! - [`throughput`] and [`learned`]: what finished work teaches. [`estimate`]: memory before that.
 //! - [`view`] rates a device for a seat, [`placement`] chooses ([`assign`] for few shards, [`prices`] for many), `stragglers.rs`
 //!   tries the slow ones again elsewhere; [`reason`] and [`explain`] word it.
@@ -32,12 +33,14 @@ pub mod prices;
 pub mod queue;
 pub mod reason;
 pub mod request;
+pub mod rounds;
 mod sessions;
 pub mod state;
 mod status;
 mod stragglers;
 pub mod throughput;
 pub mod timer;
+pub mod training;
 pub mod view;
 
 #[cfg(test)]

@@ -110,7 +110,7 @@ impl Scheduler {
 /// Runs.
 impl Scheduler {
     pub(super) fn submit(&mut self, new: NewRun) -> Result<Answer, Rejection> {
-        let count = new.specs.len();
+        let count = new.specs.len() + new.groups.iter().map(|group| group.trainings.len()).sum::<usize>();
         if count == 0 || count > SHARDS_PER_RUN_MAX {
             return Err(Rejection::ShardCount { count });
         }
@@ -128,6 +128,7 @@ impl Scheduler {
             groups,
             specs,
         }));
+        self.advance_trainings(run);
         self.unsettled = true;
         Ok(Answer::Run(run))
     }

@@ -95,7 +95,7 @@ impl Scheduler {
             self.send(worker, CancelSeat { attempt: id, reason: reason.clone() });
         }
         if let Some(worker) = failed_worker.filter(|_| kind == FailureKind::ModelMissing) {
-            self.note_missing_models(worker, id.shard);
+            self.note_missing_models(worker, id.shard, role);
         }
         self.send_shard_on(id.shard, kind);
         self.unsettled = true;
@@ -123,14 +123,15 @@ impl Scheduler {
             if self.state.attempt(attempt).is_some_and(Attempt::has_outputs) {
                 self.effect(Effect::WriteManifest { attempt });
             }
+            self.advance_trainings(attempt.shard.run);
             self.finish_run_if_over(attempt.shard.run);
         }
         self.unsettled = true;
     }
 
-    fn note_missing_models(&mut self, worker: WorkerId, shard: ShardId) {
-        let models: Vec<String> =
-            self.state.shard(shard).into_iter().flat_map(|shard| shard.spec.models()).map(str::to_owned).collect();
+    fn note_missing_models(&mut self, worker: WorkerId, shard: ShardId, role: Role) {
+        let shard = self.state.shard(shard).into_iter();
+        let models: Vec<String> = shard.flat_map(|shard| shard.spec.models_of(role)).map(str::to_owned).collect();
         for model in models {
             if self.state.workers.get(&worker).is_some_and(|known| known.has_model(&model)) {
                 self.emit(Event::ModelFoundMissing { worker, model });

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::hardware::DeviceKind;
-use protocol::ids::{AttemptId, DeviceRef, Fence, RunId, ShardId};
+use protocol::ids::{AttemptId, DeviceRef, Fence, Role, RunId, ShardId};
 use protocol::time::UnixMillis;
 
 use super::assign::{self, Job, NEVER};
@@ -139,6 +139,19 @@ impl<'a> Round<'a> {
         let key = PoolKey { priority: std::cmp::Reverse(run.priority), account: run.account.clone() };
         round.take(&key, shard, &request, &[(row, fit)]);
         round.placements.pop()
+    }
+
+    /// Devices, by seat, that shards with this request would get if as many as can, `most` at most, were placed now.
+    pub fn rehearsed(view: View<'a>, request: &Request, most: usize) -> Vec<Vec<(RowId, Role)>> {
+        let mut round = Self::new(view, &Scope::All);
+        let mut gangs = Vec::new();
+        while gangs.len() < most {
+            let Some(fits) = round.gang(request, World::Now) else { break };
+            let attempt = AttemptId { shard: ShardId { run: RunId(0), index: 0 }, fence: Fence(0) };
+            fits.iter().for_each(|(id, fit)| round.occupy(*id, fit, attempt));
+            gangs.push(fits.iter().map(|(id, fit)| (*id, fit.seat.role)).collect());
+        }
+        gangs
     }
 
     /// Whether all of a request fits at once in `world`, with every place allowed.
@@ -461,18 +474,24 @@ impl Round<'_> {
         let reasons = self.reasons(request, fits);
         let mut seats = Vec::with_capacity(fits.len());
         for (id, fit) in fits {
-            let expected_ms = fit.expected.ms;
             let device = self.row(*id).device.clone();
-            let (role, bytes, lane, now) = (fit.seat.role, fit.bytes, fit.slot.lane, self.view.now);
-            let row = self.overlay.entry(*id).or_insert_with(|| self.view.row(*id).clone());
-            let body = row.lanes.entry(lane).or_default();
-            body.until = body.until.max(now).plus_ms(expected_ms);
-            body.push(Occupant { attempt, role, bytes, threads: fit.seat.threads, expected_ms, since: now });
-            seats.push(PlacedSeat { role, device, reserved_bytes: bytes, lane, expected_ms });
+            let (role, lane, expected_ms) = (fit.seat.role, fit.slot.lane, fit.expected.ms);
+            self.occupy(*id, fit, attempt);
+            seats.push(PlacedSeat { role, device, reserved_bytes: fit.bytes, lane, expected_ms });
         }
         *self.started.entry(shard.run).or_default() += 1;
         let reference_ms = self.view.reference_ms(request);
         self.placements.push(Placement { attempt, pool: key.clone(), reference_ms, seats, reasons });
+    }
+
+    /// Puts a seat onto a row, as far as this round is concerned.
+    fn occupy(&mut self, id: RowId, fit: &Fit, attempt: AttemptId) {
+        let (expected_ms, now) = (fit.expected.ms, self.view.now);
+        let (role, bytes, threads) = (fit.seat.role, fit.bytes, fit.seat.threads);
+        let row = self.overlay.entry(id).or_insert_with(|| self.view.row(id).clone());
+        let body = row.lanes.entry(fit.slot.lane).or_default();
+        body.until = body.until.max(now).plus_ms(expected_ms);
+        body.push(Occupant { attempt, role, bytes, threads, expected_ms, since: now });
     }
 
     fn reasons(&self, request: &Request, fits: &[(RowId, Fit)]) -> Vec<Rated> {

@@ -19,8 +19,8 @@ pub struct Request {
     pub units: u32,
     /// Its seats, in the order of the spec's roles.
     pub seats: Vec<SeatNeed>,
-    /// Models that each seat's worker must have.
-    pub models: Vec<String>,
+    /// Models that each seat's worker must have, in the order of the seats.
+    pub models: Vec<Vec<String>>,
     /// Where the seats may sit relative to each other.
     pub spread: Spread,
     /// What its devices must be.
@@ -54,17 +54,28 @@ pub enum Place {
 impl Request {
     /// What the shard asks for.
     pub fn of(state: &State, run: &Run, index: u32, shard: &Shard) -> Self {
-        let spec = &shard.spec;
-        let bytes = estimate::seat_bytes(spec, |model| state.shape(model));
+        let require = run.group_of(index).map(|group| group.require.clone()).unwrap_or_default();
+        let avoid = failures(ShardId { run: RunId(0), index }, shard).into_keys().collect();
+        Self { avoid, ..Self::for_spec(state, &shard.spec, require) }
+    }
+
+    /// What a shard that nobody has tried asks for.
+    pub fn for_spec(state: &State, spec: &ShardSpec, require: Require) -> Self {
+        let seat = |role: &Role| SeatNeed {
+            role: *role,
+            bytes: estimate::seat_bytes(spec, *role, |model| state.shape(model)),
+            threads: spec.threads(),
+        };
+        let models = |role: &Role| spec.models_of(*role).into_iter().map(str::to_owned).collect();
         Self {
             class: spec.work_class(),
             units: spec.work_units(),
-            seats: spec.roles().iter().map(|role| SeatNeed { role: *role, bytes, threads: spec.threads() }).collect(),
-            models: spec.models().into_iter().map(str::to_owned).collect(),
+            seats: spec.roles().iter().map(seat).collect(),
+            models: spec.roles().iter().map(models).collect(),
             spread: spec.spread(),
-            require: run.group_of(index).map(|group| group.require.clone()).unwrap_or_default(),
+            require,
             command: matches!(spec, ShardSpec::Command(_)),
-            avoid: failures(ShardId { run: RunId(0), index }, shard).into_keys().collect(),
+            avoid: BTreeSet::new(),
         }
     }
 
@@ -73,6 +84,12 @@ impl Request {
         !self.avoid.is_empty()
             && (self.avoid.contains(&Place::Worker(device.worker))
                 || self.avoid.contains(&Place::Device(device.clone())))
+    }
+
+    /// Models that a seat's worker must have.
+    pub fn models_of(&self, role: Role) -> &[String] {
+        let at = self.seats.iter().position(|seat| seat.role == role);
+        at.and_then(|at| self.models.get(at)).map_or(&[], Vec::as_slice)
     }
 
     /// Whether several seats must start at once.

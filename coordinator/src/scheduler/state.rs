@@ -21,6 +21,7 @@ use super::learned::{self, Peak};
 use super::reason::Rated;
 use super::status::{RunState, ShardState, TokenState};
 use super::throughput::Table;
+use super::training::{OpenedRound, Training};
 
 /// Everything that must survive a restart.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -150,8 +151,12 @@ pub struct Run {
     pub waiting: BTreeSet<u32>,
     /// Indices of the shards with an open attempt.
     pub running: BTreeSet<u32>,
-    /// Shards of each experiment that have not committed.
+    /// Shards of each experiment that have not committed, and trainings that have not ended.
     pub uncommitted: Vec<u32>,
+    /// Its trainings, in the order of its experiments.
+    pub trainings: Vec<Training>,
+    /// What was opened of them, in that order: their shards lie behind those of the sweep.
+    pub rounds: Vec<OpenedRound>,
 }
 
 /// A shard.
@@ -334,6 +339,9 @@ impl Run {
 
     /// The place of a shard's experiment.
     pub fn group_index(&self, index: u32) -> Option<usize> {
+        if let Some(training) = self.training_of(index) {
+            return Some(training.group as usize);
+        }
         let at = self.groups.partition_point(|group| group.first <= index);
         // Of several that begin there all but the last are empty.
         at.checked_sub(1)
@@ -357,6 +365,19 @@ impl Run {
 }
 
 impl Shard {
+    /// A shard that nobody has tried.
+    pub(super) fn waiting(spec: &ShardSpec, since: UnixMillis) -> Self {
+        Self {
+            spec: spec.clone(),
+            state: ShardState::Waiting,
+            tries: 0,
+            free_retries: 0,
+            not_before: since,
+            reopened_at_attempt: 0,
+            attempts: Vec::new(),
+        }
+    }
+
     /// The newest attempt.
     pub fn newest(&self) -> Option<&Attempt> {
         self.attempts.last()

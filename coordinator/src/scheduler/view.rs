@@ -88,7 +88,7 @@ impl<'a> View<'a> {
 
     /// The same for another amount of memory.
     pub fn rate_bytes(&self, row: &Row, request: &Request, seat: &SeatNeed, bytes: u64, world: World) -> Reason {
-        if let Some(reason) = self.never(row, request, bytes) {
+        if let Some(reason) = self.never(row, request, seat, bytes) {
             return reason;
         }
         if world != World::Someday
@@ -100,7 +100,7 @@ impl<'a> View<'a> {
     }
 
     /// Whether a device will ever do, memory in use aside.
-    pub fn never(&self, row: &Row, request: &Request, bytes: u64) -> Option<Reason> {
+    pub fn never(&self, row: &Row, request: &Request, seat: &SeatNeed, bytes: u64) -> Option<Reason> {
         let worker = self.state.workers.get(&row.device.worker)?;
         if worker.revoked {
             return Some(Reason::Revoked);
@@ -111,7 +111,7 @@ impl<'a> View<'a> {
         if let Some(why) = &row.body.unusable {
             return Some(Reason::Unusable { why: why.clone() });
         }
-        if let Some(model) = request.models.iter().find(|model| !worker.has_model(model)) {
+        if let Some(model) = request.models_of(seat.role).iter().find(|model| !worker.has_model(model)) {
             return Some(Reason::ModelAbsent { model: model.clone() });
         }
         if let Some(reason) = self.unwanted(worker, &row.body, request) {
@@ -221,7 +221,7 @@ impl<'a> View<'a> {
     pub fn expected(&self, row: &Row, request: &Request, role: Role) -> Expected {
         let estimate = self.unit(&request.seat_class(role), row);
         let us = estimate.unit_us.saturating_mul(u64::from(request.units));
-        let cold = request.models.iter().filter(|model| !self.live.is_warm(&row.device, model));
+        let cold = request.models_of(role).iter().filter(|model| !self.live.is_warm(&row.device, model));
         let load_ms = cold.map(|model| load_ms(model)).sum::<u64>();
         Expected { ms: us.div_ceil(1000).saturating_add(load_ms), spread: estimate.spread, basis: estimate.basis }
     }
@@ -320,7 +320,13 @@ pub fn speed_mflops(body: &Device) -> u64 {
 
 /// Microseconds that a unit of a class takes on the reference card, a guess until something has finished.
 pub fn reference_unit_us(class: &str) -> u64 {
-    match class.split('/').next().unwrap_or_default() {
+    let mut parts = class.split('/');
+    match parts.next().unwrap_or_default() {
+        "projector-train" if parts.any(|part| part == "steps") => 10_000,
+        "projector-train" if class.ends_with("/solve") => 50_000,
+        "projector-train" if class.ends_with("/outer") => 5_000,
+        "projector-train" => 3_000,
+        "projector-eval" => 20_000,
         "no-op" => 200,
         "inspect" => 1_000,
         "transfer" => 20_000,

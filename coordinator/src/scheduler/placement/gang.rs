@@ -14,11 +14,12 @@ use super::{Fit, Round};
 impl Round<'_> {
     /// Places gangs of a pool, oldest request first. For the first that finds its devices busy they are kept free.
     pub(super) fn place_gangs(&mut self, key: &PoolKey, pool: &Pool, limit: usize) {
-        for (id, shards) in &pool.requests {
+        let gangs = pool.requests.iter().filter(|(id, _)| self.request(**id).is_gang());
+        let mut gangs: Vec<_> = gangs.collect();
+        // A round's largest share is its first shard, and the first takes the fastest devices.
+        gangs.sort_unstable_by_key(|(_, shards)| shards.first());
+        for (id, shards) in gangs {
             let request = self.request(*id);
-            if !request.is_gang() {
-                continue;
-            }
             while let Some(shard) = self.next_shard(*id, shards) {
                 if self.placements.len() >= limit {
                     return;
@@ -35,7 +36,7 @@ impl Round<'_> {
     }
 
     /// Rows for all seats, or nothing.
-    fn gang(&self, request: &Request, world: World) -> Option<Vec<(RowId, Fit)>> {
+    pub(super) fn gang(&self, request: &Request, world: World) -> Option<Vec<(RowId, Fit)>> {
         let shy = self.gang_avoiding(request, world, true);
         match shy {
             Some(fits) => Some(fits),
@@ -78,8 +79,8 @@ impl Round<'_> {
         let fits_on = |id: &RowId| {
             let row = self.row(*id);
             let bytes: u64 = request.seats.iter().map(|seat| self.view.need_bytes(request, seat)).sum();
-            let first = request.seats.first()?;
-            let fits = matches!(self.view.rate_bytes(row, request, first, bytes, world), Reason::Fits { .. });
+            let fit = |seat| matches!(self.view.rate_bytes(row, request, seat, bytes, world), Reason::Fits { .. });
+            let fits = request.seats.iter().all(fit);
             fits.then(|| {
                 let lanes = free_lanes(row);
                 request

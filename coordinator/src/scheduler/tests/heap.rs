@@ -274,6 +274,7 @@ pub(super) fn groups(groups: &[(&str, u32, &[u32])]) -> Vec<Group> {
     let mut first = 0;
     let group = |(name, count, after): &(&str, u32, &[u32])| {
         let group = Group {
+            trainings: Vec::new(),
             name: (*name).to_owned(),
             first,
             count: *count,

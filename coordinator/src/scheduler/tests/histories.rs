@@ -99,6 +99,8 @@ fn histories_reach_the_corners() {
     }
     for kind in [
         "ShardCommitted",
+        "RoundOpened",
+        "TrainingEnded",
         "SeatFreed",
         "AttemptFailed",
         "AttemptResumed",

@@ -9,7 +9,12 @@ use protocol::control::{
     Failure, FailureKind, Heartbeat, HeldSeat, Hello, Output, SeatFailed, SeatFinished, SeatProgress, SeatSettled,
     StartSeat, ToWorker, Usage,
 };
+use protocol::experiment::projector::{
+    Corpus, CorpusText, Couriers, DELTA, FuserRecipe, LayerMap, Loss, Method, PROJECTOR, Pairs, Precision,
+    ProjectorRef, Regime, RidgeRecipe, SHUFFLED, STATISTICS, Schedule, Stage, TrainSpec,
+};
 use protocol::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
+use protocol::group::Group;
 use protocol::hardware::{Device, DeviceKind, Telemetry};
 use protocol::ids::{ArtifactHash, AttemptId, DeviceId, Role, RunId, ShardId, WorkerId};
 use protocol::time::UnixMillis;
@@ -30,6 +35,8 @@ pub(super) struct Lab {
     pub(super) effects: Vec<Effect>,
     pub(super) boxes: BTreeMap<WorkerId, Played>,
     keys: u8,
+    /// What a seat says that it took, milliseconds.
+    pub(super) wall_ms: u64,
 }
 
 /// A worker as the lab plays it.
@@ -43,6 +50,8 @@ pub(super) struct Played {
     pub(super) models: Vec<String>,
     pub(super) shapes: Vec<(String, protocol::memory::ModelShape)>,
     pub(super) held: Vec<HeldSeat>,
+    /// Product name of its device.
+    pub(super) device: String,
 }
 
 impl Lab {
@@ -56,6 +65,7 @@ impl Lab {
             effects: Vec::new(),
             boxes: BTreeMap::new(),
             keys: 0,
+            wall_ms: 5,
         }
     }
 
@@ -91,6 +101,7 @@ impl Lab {
             models,
             shapes: Vec::new(),
             held: Vec::new(),
+            device: "Some CPU".to_owned(),
         };
         self.boxes.insert(worker, body);
         worker
@@ -112,7 +123,7 @@ impl Lab {
             build: "test".to_owned(),
             hostname: format!("box-{worker}"),
             epoch: UnixMillis(body.epoch),
-            devices: vec![cpu(body.budget)],
+            devices: vec![Device { model: body.device, ..cpu(body.budget) }],
             models: body.models,
             held: body.held,
             peer_port: 7000,
@@ -159,13 +170,25 @@ impl Lab {
         self.boxes.get_mut(&worker).unwrap().held.push(held(attempt, role));
     }
 
+    /// From now on the worker says that it holds what was placed on it.
+    pub(super) fn hold_all(&mut self, worker: WorkerId) {
+        let here = |(_, seat): &(AttemptId, &crate::scheduler::state::Seat)| seat.device.worker == worker;
+        let seats: Vec<_> =
+            self.state().unfinished_seats().filter(here).map(|(id, seat)| held(id, seat.role)).collect();
+        self.boxes.get_mut(&worker).unwrap().held = seats;
+    }
+
     pub(super) fn drop_held(&mut self, worker: WorkerId, attempt: AttemptId) {
         self.boxes.get_mut(&worker).unwrap().held.retain(|seat| seat.attempt != attempt);
     }
 
     pub(super) fn finish(&mut self, worker: WorkerId, attempt: AttemptId, role: Role) -> bool {
         let session = self.boxes[&worker].session;
-        let finished = finished(attempt, role);
+        let mut finished = finished(attempt, role);
+        finished.usage.wall_ms = self.wall_ms;
+        finished
+            .outputs
+            .extend(self.state().shard(attempt.shard).into_iter().flat_map(|shard| made(&shard.spec, attempt, role)));
         self.give(Input::SeatFinished { worker, session, finished }).unwrap();
         self.settled(worker, attempt, role)
     }
@@ -217,7 +240,11 @@ impl Lab {
     }
 
     pub(super) fn submit(&mut self, specs: Vec<ShardSpec>) -> RunId {
-        match self.give(Input::Submit(new_run(0, specs))) {
+        self.submit_run(new_run(0, specs))
+    }
+
+    pub(super) fn submit_run(&mut self, run: NewRun) -> RunId {
+        match self.give(Input::Submit(run)) {
             Ok(Answer::Run(run)) => run,
             other => panic!("not accepted: {other:?}"),
         }
@@ -296,6 +323,82 @@ pub(super) fn finished(attempt: AttemptId, role: Role) -> SeatFinished {
         models: vec![(SMOL.to_owned(), "sha256:00".to_owned())],
         build: "test".to_owned(),
     }
+}
+
+/// What a seat of a training makes beside its result.
+pub(super) fn made(spec: &ShardSpec, attempt: AttemptId, role: Role) -> Vec<Output> {
+    let ShardSpec::ProjectorTrain(spec) = spec else { return Vec::new() };
+    let names: &[&str] = match (&spec.stage, role) {
+        (Stage::Statistics(_), Role::Target) => &[STATISTICS],
+        (Stage::Steps { .. }, Role::Target) => &[DELTA],
+        (Stage::Solve { .. }, _) => &[PROJECTOR, SHUFFLED],
+        (Stage::Outer { .. }, _) => &[PROJECTOR],
+        _ => &[],
+    };
+    let output = |name: &&str| Output {
+        name: (*name).to_owned(),
+        hash: ArtifactHash::of(format!("{attempt} {name}").as_bytes()),
+        bytes: 1000,
+    };
+    names.iter().map(output).collect()
+}
+
+/// A small training.
+pub(super) fn training(method: Method, samples: u32, shards: u32) -> TrainSpec {
+    let couriers = Couriers { values: 8, names: 16, wordings: 1, pairs_percent: 0 };
+    TrainSpec {
+        source: SMOL.to_owned(),
+        target: GEMMA.to_owned(),
+        corpus: Corpus { text: CorpusText::Couriers(couriers), samples },
+        layers: LayerMap::Proportional(3),
+        method,
+        stage: Stage::Whole { shards },
+        spread: Spread::Any,
+        seed: 1,
+    }
+}
+
+pub(super) fn ridge() -> Method {
+    Method::Ridge(RidgeRecipe { lambdas: vec![100.0], held_out_percent: 20 })
+}
+
+pub(super) fn fuser(hidden: u32, base: Option<ProjectorRef>) -> Method {
+    Method::Fuser(Box::new(FuserRecipe {
+        regime: Regime::Unaware,
+        hidden,
+        depth: 3,
+        base,
+        pairs: Pairs::Matched,
+        loss: Loss::NextToken,
+        epochs: 1,
+        batch: 4,
+        micro_batch: 2,
+        learning_rate: 1e-3,
+        warmup: 0.1,
+        schedule: Schedule::Linear,
+        weight_decay: 0.01,
+        clip: 1.0,
+        dropout: 0.0,
+        gate_start: 1.0,
+        temperature_end: 0.05,
+        precision: Precision::F32,
+        checkpointing: false,
+        local_steps: 16,
+        quantise: true,
+        outer: None,
+        validate: 8,
+    }))
+}
+
+/// A run of trainings, each an experiment of its own that waits for the one before.
+pub(super) fn new_trainings(trainings: Vec<TrainSpec>) -> NewRun {
+    let group = |(number, training): (u32, TrainSpec)| Group {
+        name: format!("training-{number}"),
+        after: number.checked_sub(1).into_iter().collect(),
+        trainings: vec![training],
+        ..Group::default()
+    };
+    NewRun { groups: (0u32..).zip(trainings).map(group).collect(), ..new_run(0, Vec::new()) }
 }
 
 pub(super) fn inspect(model: &str) -> ShardSpec {

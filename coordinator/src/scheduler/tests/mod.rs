@@ -8,4 +8,5 @@ mod orders;
 mod placing;
 mod purity;
 mod scenarios;
+mod trainings;
 mod world;

@@ -11,14 +11,17 @@ use protocol::control::{
     CancelSeat, Failure, FailureKind, Heartbeat, HeldSeat, Hello, SeatFailed, SeatFinished, SeatProgress, SeatSettled,
     StartSeat, ToWorker,
 };
+use protocol::experiment::projector::ProjectorRef;
 use protocol::experiment::{ShardSpec, Spread};
 use protocol::hardware::Telemetry;
 use protocol::ids::{AttemptId, DeviceId, Role, RunId, WorkerId};
 use protocol::time::UnixMillis;
 
-use super::lab::{GB, GEMMA, SMOL, cpu, finished, inspect, new_run, recovered, transfer};
+use super::lab::{
+    GB, GEMMA, SMOL, cpu, finished, fuser, inspect, made, new_run, new_trainings, recovered, ridge, training, transfer,
+};
 use crate::scheduler::input::Connected;
-use crate::scheduler::{Effect, Event, Input, Record, Scheduler, ShardState};
+use crate::scheduler::{Effect, Event, Input, NewRun, Record, Scheduler, ShardState};
 
 const WORKERS: usize = 3;
 /// Runs in a history: few, so that they meet their fates.
@@ -118,12 +121,12 @@ impl World {
             23 | 24 => self.pass_ms(u64::from(pick) * 20),
             25 => self.pass_ms(u64::from(pick) * 300),
             26 if self.scheduler.state().runs.len() < RUNS_MAX => {
-                self.give(Input::Submit(new_run(i32::from(high % 3), specs(pick))));
+                self.give(Input::Submit(drawn(i32::from(high % 3), pick)));
             }
             26 | 27 => self.order(pick, worker),
             28 => self.restart_coordinator(None),
             // Killed between deciding and making it durable.
-            29 => self.restart_coordinator(Some(Input::Submit(new_run(0, specs(pick))))),
+            29 => self.restart_coordinator(Some(Input::Submit(drawn(0, pick)))),
             _ => self.spoil(worker, high),
         }
     }
@@ -311,7 +314,11 @@ impl World {
         let missing = body.lacks.is_some_and(|model| start.spec.models().contains(&model));
         let failure = if missing { Some(FailureKind::ModelMissing) } else { failure };
         let outcome = match failure {
-            None => Outcome::Finished(finished(attempt, role)),
+            None => {
+                let mut finished = finished(attempt, role);
+                finished.outputs.extend(made(&start.spec, attempt, role));
+                Outcome::Finished(finished)
+            }
             Some(kind) => Outcome::Failed(SeatFailed { attempt, role, failure: Failure::new(kind, "a test") }),
         };
         body.outbox.insert((attempt, role), outcome.clone());
@@ -400,7 +407,7 @@ impl World {
     }
 
     pub(super) fn all_over(&self) -> bool {
-        self.scheduler.state().runs.values().all(|run| run.shards.iter().all(|shard| shard.state.is_terminal()))
+        self.scheduler.state().runs.values().all(|run| run.state.is_terminal())
     }
 
     pub(super) fn committed(&self) -> usize {
@@ -446,6 +453,16 @@ pub(super) fn run_again(script: &[Done]) -> Vec<Record> {
         }
     }
     journal
+}
+
+/// A run; every fourth is one of trainings, of which the second refines the first.
+fn drawn(priority: i32, pick: u8) -> NewRun {
+    if pick % 4 != 3 {
+        return new_run(priority, specs(pick));
+    }
+    let first = training(ridge(), 40, u32::from(pick / 128) + 1);
+    let second = training(fuser(64, Some(ProjectorRef::Trained(0))), 150, 2);
+    NewRun { priority, ..new_trainings(vec![first, second]) }
 }
 
 fn specs(pick: u8) -> Vec<ShardSpec> {

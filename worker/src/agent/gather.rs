@@ -1,4 +1,5 @@
-//! Bringing artifacts that a seat needs to where its executor can read them, checked against their names on the way.
+//! Bringing artifacts that a seat needs to where its executor can read them, checked against their names on the way. What was
+//! brought lately is kept, so that a worker that takes part in every round brings what stays the same once.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -22,33 +23,81 @@ const RETRY: (Duration, Duration, Duration) =
     (Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(10));
 /// The coordinator may take this long to answer: it reads from its own store meanwhile.
 const ANSWER: Duration = Duration::from_secs(60);
+/// Artifacts kept for the seats that follow, bytes in all.
+const SHELF_BYTES_MAX: u64 = 4 << 30;
 /// Bytes moved at once.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// Brings `inputs` into `directory` and says where each lies: (name, path).
-///
-/// # Errors
-/// `InputMissing` if the store does not have one or cannot be used for two minutes; `LocalDisk`.
-pub(super) async fn gather(
-    store: &ToStore,
-    seat: SeatId,
-    inputs: Vec<Output>,
-    directory: PathBuf,
-) -> Result<Vec<(String, String)>, Failure> {
-    let disk = |error: io::Error| {
-        Failure::new(FailureKind::LocalDisk, format!("could not write below {}: {error}", directory.display()))
-    };
-    protocol::private_file::create_dir(&directory).map_err(disk)?;
-    let mut places = Vec::with_capacity(inputs.len());
-    for input in inputs {
-        if input.name.is_empty() || !input.name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
-            return Err(Failure::new(FailureKind::BadSpec, format!("`{}` is no name for an input", input.name)));
+/// Artifacts that were brought, for the seats that follow: a round's weights, the base of a projector.
+#[derive(Debug, Clone)]
+pub(super) struct Gatherer {
+    /// The way to the store.
+    pub(super) store: ToStore,
+    /// Where artifacts lie by their hash; each is complete and checked.
+    pub(super) shelf: PathBuf,
+}
+
+impl Gatherer {
+    /// Brings `inputs` into `directory` and says where each lies: (name, path).
+    ///
+    /// # Errors
+    /// `InputMissing` if the store does not have one or cannot be used for two minutes; `LocalDisk`.
+    pub(super) async fn gather(
+        &self,
+        seat: SeatId,
+        inputs: Vec<Output>,
+        directory: PathBuf,
+    ) -> Result<Vec<(String, String)>, Failure> {
+        for made in [&directory, &self.shelf] {
+            protocol::private_file::create_dir(made).map_err(|error| disk(made, &error))?;
         }
-        let path = directory.join(&input.name);
-        bring(store, seat, &input, &path).await?;
-        places.push((input.name, path.to_string_lossy().into_owned()));
+        let mut places = Vec::with_capacity(inputs.len());
+        for input in inputs {
+            if input.name.is_empty() || !input.name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
+                return Err(Failure::new(FailureKind::BadSpec, format!("`{}` is no name for an input", input.name)));
+            }
+            let path = directory.join(&input.name);
+            let shelved = self.shelf.join(input.hash.to_string());
+            if std::fs::hard_link(&shelved, &path).is_err() {
+                bring(&self.store, seat, &input, &path).await?;
+                shelve(&self.shelf, &shelved, &path, input.bytes);
+            }
+            places.push((input.name, path.to_string_lossy().into_owned()));
+        }
+        Ok(places)
     }
-    Ok(places)
+}
+
+fn disk(path: &Path, error: &io::Error) -> Failure {
+    Failure::new(FailureKind::LocalDisk, format!("could not write below {}: {error}", path.display()))
+}
+
+/// Keeps what was brought for the next seat, and lets the oldest go. What cannot be kept is brought again.
+fn shelve(shelf: &Path, place: &Path, path: &Path, bytes: u64) {
+    let entries = || {
+        let entries = std::fs::read_dir(shelf)?.flatten();
+        let facts = entries.filter_map(|entry| {
+            let facts = entry.metadata().ok()?;
+            Some((facts.modified().ok()?, facts.len(), entry.path()))
+        });
+        io::Result::Ok(facts.collect::<Vec<_>>())
+    };
+    let Ok(mut kept) = entries() else { return };
+    kept.sort();
+    let mut total = kept.iter().map(|(_, length, _)| length).sum::<u64>().saturating_add(bytes);
+    for (_, length, oldest) in kept {
+        if total <= SHELF_BYTES_MAX {
+            break;
+        }
+        if std::fs::remove_file(oldest).is_ok() {
+            total -= length;
+        }
+    }
+    if total <= SHELF_BYTES_MAX
+        && let Err(error) = std::fs::hard_link(path, place)
+    {
+        tracing::debug!(path = %place.display(), "not kept: {error}");
+    }
 }
 
 async fn bring(store: &ToStore, seat: SeatId, input: &Output, path: &Path) -> Result<(), Failure> {
@@ -140,5 +189,34 @@ fn named(hash: ArtifactHash, hasher: &blake3::Hasher) -> Result<(), NotYet> {
     match found == hash {
         true => Ok(()),
         false => Err(NotYet(format!("the bytes of {hash} are those of {found}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_goes_when_the_shelf_is_full() {
+        let directory = tempfile::tempdir().unwrap();
+        let shelf = directory.path().join("shelf");
+        std::fs::create_dir(&shelf).unwrap();
+        let file = directory.path().join("brought");
+        for (name, bytes) in [("a", 10), ("b", 10), ("c", SHELF_BYTES_MAX - 15), ("d", SHELF_BYTES_MAX + 1)] {
+            std::fs::write(&file, [0; 10]).unwrap();
+            shelve(&shelf, &shelf.join(name), &file, bytes);
+            std::fs::remove_file(&file).unwrap();
+            let mut left: Vec<_> =
+                std::fs::read_dir(&shelf).unwrap().flatten().map(|entry| entry.file_name()).collect();
+            left.sort();
+            let expected: &[&str] = match name {
+                "a" => &["a"],
+                "b" => &["a", "b"],
+                "c" => &["b", "c"],
+                _ => &[],
+            };
+            assert_eq!(left, expected, "{name}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }

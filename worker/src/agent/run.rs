@@ -30,7 +30,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use super::command::runner::{Runner, RunnerParts};
 use super::command::warden::{Warden, end_leftovers};
 use super::core::{Agent, Effect, HandedOn, Input, Lent, SeatId};
-use super::gather::gather;
+use super::gather::Gatherer;
 use super::inventory::{self, InventoryConfig};
 use super::outbox::records::Records;
 use super::outbox::{Outbox, OutboxError};
@@ -138,7 +138,7 @@ struct Loop {
     state: StateDir,
     outbox: Outbox,
     records: Records,
-    store: ToStore,
+    gatherer: Gatherer,
     publisher: Arc<Publisher>,
     sender: Arc<Sender>,
     receiving: Arc<Receiving>,
@@ -250,6 +250,7 @@ fn assemble(
     let worker = identity.worker;
     let store = ToStore { path: config.store, worker: worker.to_string(), threads, link: linked };
     let publisher = Publisher::new(store.clone(), outbox.clone());
+    let gatherer = Gatherer { store, shelf: state.inputs() };
     let peer = client_config(&identity.credentials, ALPN_PEER)?;
     let receiving = Receiving {
         cluster: identity.cluster.clone(),
@@ -265,7 +266,7 @@ fn assemble(
         terms: config.terms,
         outbox,
         records,
-        store,
+        gatherer,
         publisher: Arc::new(publisher),
         sender: Arc::new(Sender::new(endpoint.clone(), peer, identity.cluster.clone())),
         receiving: Arc::new(receiving),
@@ -474,10 +475,10 @@ impl Loop {
     }
 
     fn gather(&mut self, seat: SeatId, wanted: Vec<Output>) {
-        let (store, inputs) = (self.store.clone(), self.inputs.clone());
+        let (gatherer, inputs) = (self.gatherer.clone(), self.inputs.clone());
         let directory = self.state.work().join(format!("{}.inputs", seat.directory_name()));
         self.spawn_for(seat, async move {
-            let input = match gather(&store, seat, wanted, directory).await {
+            let input = match gatherer.gather(seat, wanted, directory).await {
                 Ok(inputs) => Input::Gathered { seat, inputs },
                 Err(failure) => Input::CouldNotStart { seat, failure },
             };

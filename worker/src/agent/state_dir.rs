@@ -7,6 +7,7 @@
 //! <root>/lock                 one agent a directory
 //! <root>/work/<seat>/         what an executor writes
 //! <root>/receiving/           packets under way; emptied at start
+//! <root>/inputs/              artifacts brought from the store, by hash; may be removed at any time
 //! <root>/outbox/<seat>/       finished, not yet settled: survives everything but the disk
 //! ```
 
@@ -166,6 +167,11 @@ impl StateDir {
     /// Below it, packets under way.
     pub fn receiving(&self) -> PathBuf {
         self.root.join("receiving")
+    }
+
+    /// Below it, artifacts that were brought from the store, by hash.
+    pub fn inputs(&self) -> PathBuf {
+        self.root.join("inputs")
     }
 
     /// Below it, finished seats.

@@ -19,6 +19,8 @@ struct Executor {
     device: DeviceId,
     /// What it was built from, once it has said so.
     build: String,
+    /// Models of the seat that it worked for last: what it has loaded, if that went well.
+    models: Vec<String>,
     state: State,
 }
 
@@ -48,22 +50,33 @@ pub(super) enum Gone {
 }
 
 impl Executors {
-    /// An executor of `device` for `seat`: its number, whether it must be launched, whether it is up already.
-    pub(super) fn take(&mut self, device: &DeviceId, seat: SeatId) -> (ExecutorId, bool, bool) {
-        let free = |wanted: fn(&State) -> bool| {
-            let on_device = |executor: &Executor| executor.device == *device && wanted(&executor.state);
-            self.all.iter().find(|(_, executor)| on_device(executor)).map(|(id, _)| *id)
+    /// An executor of `device` for `seat`, which needs `models`: its number, whether it must be launched, whether it is up
+    /// already. One that has them loaded goes first, and one with a model that is `needed` by another seat last.
+    pub(super) fn take(
+        &mut self,
+        device: &DeviceId,
+        seat: SeatId,
+        models: Vec<String>,
+        needed: &[String],
+    ) -> (ExecutorId, bool, bool) {
+        let promised = |executor: &Executor| executor.models.iter().any(|model| needed.contains(model));
+        let rank = |executor: &Executor| match &executor.state {
+            State::Idle if executor.models == models => Some(0),
+            State::Idle if !promised(executor) => Some(1),
+            State::Starting(None) => Some(2),
+            _ => None,
         };
-        let idle = free(|state| matches!(state, State::Idle));
-        let starting = free(|state| matches!(state, State::Starting(None)));
-        if let Some(id) = idle.or(starting) {
-            self.set(id, State::Starting(Some(seat)));
-            return (id, false, idle.is_some());
+        let on_device = self.all.iter().filter(|(_, executor)| executor.device == *device);
+        let free = on_device.filter_map(|(id, executor)| Some((rank(executor)?, *id))).min();
+        if let Some((rank, id)) = free {
+            let executor = self.all.get_mut(&id).expect("it was found there");
+            executor.models = models;
+            executor.state = State::Starting(Some(seat));
+            return (id, false, rank < 2);
         }
         self.last += 1;
-        let id = ExecutorId(self.last);
-        self.all
-            .insert(id, Executor { device: device.clone(), build: String::new(), state: State::Starting(Some(seat)) });
+        let (id, device, state) = (ExecutorId(self.last), device.clone(), State::Starting(Some(seat)));
+        self.all.insert(id, Executor { device, build: String::new(), models, state });
         (id, true, false)
     }
 
@@ -138,11 +151,13 @@ impl Executors {
         }
     }
 
-    /// Idle executors on the device of `freed` beside itself; they end.
-    pub(super) fn spare_beside(&mut self, freed: ExecutorId) -> Vec<ExecutorId> {
-        let Some(device) = self.all.get(&freed).map(|executor| executor.device.clone()) else { return Vec::new() };
+    /// Idle executors on the device of `freed` beside itself, but for those that have another model of `kept` loaded; they end.
+    pub(super) fn spare_beside(&mut self, freed: ExecutorId, kept: &[String]) -> Vec<ExecutorId> {
+        let Some(own) = self.all.get(&freed) else { return Vec::new() };
+        let (device, models) = (own.device.clone(), own.models.clone());
         let spare = |id: &ExecutorId, executor: &Executor| {
-            *id != freed && executor.device == device && matches!(executor.state, State::Idle)
+            let wanted = executor.models != models && executor.models.iter().any(|model| kept.contains(model));
+            *id != freed && executor.device == device && matches!(executor.state, State::Idle) && !wanted
         };
         let spares: Vec<_> = self.all.iter().filter(|(id, executor)| spare(id, executor)).map(|(id, _)| *id).collect();
         for id in &spares {

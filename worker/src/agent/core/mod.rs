@@ -198,7 +198,7 @@ impl Agent {
             Input::CouldNotStart { seat, failure } => {
                 // Its executor was told nothing, so there is nothing to stop.
                 let executor = self.seats.get(&seat).and_then(|seat| seat.phase.executor());
-                executor.into_iter().for_each(|executor| self.free(executor));
+                executor.into_iter().for_each(|executor| self.free(executor, seat));
                 self.leave_lane(seat);
                 self.fail(now, seat, failure);
             }
@@ -280,7 +280,7 @@ impl Agent {
             // Of an attempt that it was told to stop: its last word frees it.
             if over && let Some(stopped) = self.executors.stopped(executor, attempt) {
                 self.effects.push_back(Effect::Discard { seat: stopped });
-                self.end_spare(executor);
+                self.end_spare(executor, &[]);
                 self.leave_lane(stopped);
             }
             return;
@@ -305,7 +305,7 @@ impl Agent {
             }
             FromExecutor::Finished(finished) => {
                 let build = self.executors.build_of(executor);
-                self.free(executor);
+                self.free(executor, id);
                 self.leave_lane(id);
                 if let Some(seat) = self.seats.get_mut(&id) {
                     seat.phase = Phase::Sending { finished, build };
@@ -313,7 +313,7 @@ impl Agent {
                 }
             }
             FromExecutor::Failed(failed) => {
-                self.free(executor);
+                self.free(executor, id);
                 self.leave_lane(id);
                 self.fail(now, id, failed.failure);
             }
@@ -515,14 +515,17 @@ impl Agent {
         }
     }
 
-    fn free(&mut self, executor: ExecutorId) {
+    /// An executor has done what it could for a seat.
+    fn free(&mut self, executor: ExecutorId, seat: SeatId) {
         self.executors.free(executor);
-        self.end_spare(executor);
+        let kept = self.seats.get(&seat).map(|body| body.models(self.worker, seat.role).1);
+        self.end_spare(executor, &kept.unwrap_or_default());
     }
 
-    /// One idle executor a device is kept warm; others give their memory back.
-    fn end_spare(&mut self, freed: ExecutorId) {
-        for spare in self.executors.spare_beside(freed) {
+    /// One idle executor a device is kept warm, and one for each other seat that an attempt had there; others give their memory
+    /// back, and these do when a seat of another kind begins.
+    pub(super) fn end_spare(&mut self, beside: ExecutorId, kept: &[String]) {
+        for spare in self.executors.spare_beside(beside, kept) {
             self.effects.push_back(Effect::Kill { executor: spare });
         }
     }

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use protocol::control::{Failure, SeatFinished, SeatProgress, StartSeat};
 use protocol::exec::{self, PacketFile};
 use protocol::experiment::ShardSpec;
+use protocol::ids::{Role, WorkerId};
 use protocol::time::UnixMillis;
 
 use super::io::ExecutorId;
@@ -71,6 +72,14 @@ impl Seat {
             unread: 0,
             inputs: Vec::new(),
         }
+    }
+
+    /// Models that the seat needs, and those that all seats of its attempt on this worker need.
+    pub(super) fn models(&self, worker: WorkerId, role: Role) -> (Vec<String>, Vec<String>) {
+        let Some(start) = &self.start else { return Default::default() };
+        let of = |role| start.spec.models_of(role).into_iter().map(str::to_owned);
+        let here = start.seats.iter().filter(|seat| seat.worker == worker).flat_map(|seat| of(seat.role)).collect();
+        (of(role).collect(), here)
     }
 
     pub(super) fn note(mut self, note: &str) -> Self {

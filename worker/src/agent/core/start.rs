@@ -109,12 +109,14 @@ impl Agent {
 
     fn give_executor(&mut self, now: UnixMillis, id: SeatId, device: &DeviceId) {
         let Some(seat) = self.seats.get_mut(&id) else { return };
-        let (executor, launch, ready) = self.executors.take(device, id);
+        let (models, of_attempt) = seat.models(self.worker, id.role);
+        let (executor, launch, ready) = self.executors.take(device, id, models, &of_attempt);
         seat.phase = Phase::Starting { executor };
         "starting an executor".clone_into(&mut seat.progress.note);
         if launch {
             self.effects.push_back(Effect::Launch { executor, device: device.clone() });
         }
+        self.end_spare(executor, &of_attempt);
         if ready {
             self.on_ready(now, executor);
         }

@@ -571,3 +571,43 @@ fn what_a_seat_needs_is_brought_before_it_takes_an_executor() {
     // The lane is free again.
     assert_eq!(bench.after(start(3, Role::Main, vec![])), ["run f3 on x1"]);
 }
+
+fn pair(fence: u64, role: Role) -> Input {
+    let spec = protocol::experiment::projector::EvalSpec {
+        source: "small".into(),
+        target: "large".into(),
+        projector: protocol::experiment::projector::ProjectorRef::Trained(0),
+        shuffled: None,
+        tier: protocol::experiment::projector::Tier::Seen,
+        first_fact: 0,
+        facts: 2,
+        conditions: vec![],
+        answer_tokens: 1,
+        spread: protocol::experiment::Spread::Any,
+        seed: 0,
+    };
+    let seats = vec![address(Role::Source, 1), address(Role::Target, 1)];
+    start_of(0, fence, role, seats, ShardSpec::ProjectorEval(Box::new(spec)))
+}
+
+#[test]
+fn seats_of_a_pair_find_their_models_warm_and_let_go_of_them_for_others() {
+    let mut bench = Bench::connected();
+    let ready = |executor| Input::ExecutorReady { executor: ExecutorId(executor), build: "b".into() };
+    let ended = |executor, fence| Input::Executor { executor: ExecutorId(executor), message: finished(fence) };
+    assert_eq!(bench.after(pair(1, Role::Source)), ["launch x1"]);
+    assert_eq!(bench.after(pair(1, Role::Target)), ["launch x2"]);
+    bench.after(ready(1));
+    bench.after(ready(2));
+    assert_eq!(bench.after(ended(1, 1)), ["keep r1.0#f1 source 0 ms"]);
+    assert_eq!(bench.after(ended(2, 1)), ["keep r1.0#f1 target 0 ms"], "both stay warm");
+    assert_eq!(bench.after(pair(2, Role::Target)), ["run f2 on x2"], "though x1 was free as well");
+    assert_eq!(bench.after(pair(2, Role::Source)), ["run f2 on x1"]);
+    bench.after(ended(1, 2));
+    bench.after(ended(2, 2));
+    assert_eq!(
+        bench.after(start(3, Role::Main, vec![])),
+        ["kill x2", "run f3 on x1"],
+        "a third model has no use for them"
+    );
+}

@@ -143,9 +143,8 @@ fn ending(detail: &RunDetail, summary: &Summary, style: Style, path: &Path) -> S
 /// The models that the sweep names must be here: the demo downloads nothing.
 fn check_models() -> Result<(), Failure> {
     let sweep = Sweep::parse(SWEEP_NAME, SWEEP).map_err(|error| Failure::in_source("bad-sweep", &error, SWEEP))?;
-    let mut names: Vec<&str> = sweep.shards.iter().flat_map(|shard| shard.models()).collect();
+    let mut names = sweep.models();
     names.sort_unstable();
-    names.dedup();
     let models = ModelsDir::from_env()?;
     let missing: Vec<&str> = names
         .into_iter()

@@ -31,7 +31,7 @@ pub struct Manifest {
     pub coordinator_build: String,
     /// Who computed, one entry a seat.
     pub seats: Vec<SeatRecord>,
-    /// Artifacts of other shards that it used, by the names under which it knew them.
+    /// Artifacts that it used, by the names under which it knew them; of one that a person named the length is 0: not known.
     #[serde(default)]
     pub inputs: Vec<Output>,
     /// When the attempt started.
@@ -69,8 +69,8 @@ impl Manifest {
     /// Version of the file's form.
     pub const FORMAT: u32 = 1;
 
-    /// Every artifact that it names: what was made, and what it was made from.
-    pub fn artifacts(&self) -> impl Iterator<Item = &Output> {
-        self.seats.iter().flat_map(|seat| &seat.outputs).chain(&self.inputs)
+    /// Every artifact that was made.
+    pub fn outputs(&self) -> impl Iterator<Item = &Output> {
+        self.seats.iter().flat_map(|seat| &seat.outputs)
     }
 }

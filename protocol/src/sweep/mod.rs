@@ -21,9 +21,11 @@
 
 pub mod command;
 mod group;
+mod projector;
 
 use serde::{Deserialize, Serialize};
 
+use self::projector::Above;
 use crate::error::{SourceError, nearest};
 use crate::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
 use crate::group::Group;
@@ -89,19 +91,37 @@ impl Sweep {
         for mut experiment in experiments {
             let first = u32::try_from(shards.len()).unwrap_or(u32::MAX);
             let mut group = group::read(&mut experiment, &groups, first)?;
-            shards.extend(read_experiment(experiment, seed)?);
+            shards.extend(read_experiment(experiment, seed, &mut Above { groups: &groups, group: &mut group })?);
             group.count = u32::try_from(shards.len()).unwrap_or(u32::MAX).saturating_sub(first);
             groups.push(group);
-            if shards.len() > SHARDS_PER_RUN_MAX {
+            let trainings: usize = groups.iter().map(|group| group.trainings.len()).sum();
+            if shards.len() + trainings > SHARDS_PER_RUN_MAX {
                 let message = format!("the matrix has over {SHARDS_PER_RUN_MAX} shards");
                 return Err(SourceError::whole(file, message).hint("split it into several sweeps"));
             }
         }
         Ok(Self { name, seed, priority, account, running_max, shards, groups })
     }
+
+    /// Names of the models that anything of it needs, each once.
+    pub fn models(&self) -> Vec<&str> {
+        let trainings = self.groups.iter().flat_map(|group| &group.trainings);
+        let trained = trainings.flat_map(|spec| [spec.source.as_str(), spec.target.as_str()]);
+        let mut models = Vec::new();
+        for model in trained.chain(self.shards.iter().flat_map(ShardSpec::models)) {
+            if !models.contains(&model) {
+                models.push(model);
+            }
+        }
+        models
+    }
 }
 
-fn read_experiment(mut experiment: TableReader<'_>, seed: u64) -> Result<Vec<ShardSpec>, SourceError> {
+fn read_experiment(
+    mut experiment: TableReader<'_>,
+    seed: u64,
+    above: &mut Above<'_>,
+) -> Result<Vec<ShardSpec>, SourceError> {
     let matrix = experiment.table("matrix")?;
     let cells = match &matrix {
         Some(matrix) => experiment.combinations(matrix)?,
@@ -115,8 +135,13 @@ fn read_experiment(mut experiment: TableReader<'_>, seed: u64) -> Result<Vec<Sha
             "transfer" => shards.extend(read_transfer(&mut cell, seed)?),
             "command" => shards.push(command::read(&mut cell)?),
             "no-op" => shards.extend(command::read_no_op(&mut cell)?),
+            "projector-train" => {
+                let training = projector::read_train(&mut cell, seed, above)?;
+                above.group.trainings.push(training);
+            }
+            "projector-eval" => shards.extend(projector::read_eval(&mut cell, seed, above)?),
             _ => {
-                let known = ["inspect", "transfer", "command", "no-op"];
+                let known = ["inspect", "transfer", "command", "no-op", "projector-train", "projector-eval"];
                 let error =
                     cell.complain("kind", format!("unknown kind `{kind}`; expected one of {}", known.join(", ")));
                 return Err(match nearest(&kind, known) {
@@ -124,6 +149,9 @@ fn read_experiment(mut experiment: TableReader<'_>, seed: u64) -> Result<Vec<Sha
                     None => error,
                 });
             }
+        }
+        if !shards.is_empty() && !above.group.trainings.is_empty() {
+            return Err(cell.complain("kind", "an experiment that trains does nothing else; make it two"));
         }
         cell.finish()?;
     }
@@ -133,7 +161,7 @@ fn read_experiment(mut experiment: TableReader<'_>, seed: u64) -> Result<Vec<Sha
 /// `model`, `layers` (all, full, sliding; default all), `texts` (1–256, default 16).
 fn read_inspect(cell: &mut TableReader<'_>, seed: u64) -> Result<ShardSpec, SourceError> {
     Ok(ShardSpec::Inspect(InspectSpec {
-        model: read_model(cell)?,
+        model: read_model(cell, "model")?,
         layers: cell.optional("layers")?.unwrap_or(LayerSelection::All),
         texts: small(cell, "texts", 1, 256, 16)?,
         seed,
@@ -143,7 +171,7 @@ fn read_inspect(cell: &mut TableReader<'_>, seed: u64) -> Result<ShardSpec, Sour
 /// `model`, `facts` (2–4096, default 16), `facts_per_shard` (2–64, default 4), `conditions` (default
 /// [`Condition::DEFAULT`]), `answer_tokens` (1–64, default 8), `spread` (any, devices, workers; default any).
 fn read_transfer(cell: &mut TableReader<'_>, seed: u64) -> Result<Vec<ShardSpec>, SourceError> {
-    let model = read_model(cell)?;
+    let model = read_model(cell, "model")?;
     let facts = small(cell, "facts", 2, 4096, 16)?;
     let per_shard = small(cell, "facts_per_shard", 2, 64, 4)?;
     let conditions = cell.optional::<Vec<Condition>>("conditions")?.unwrap_or_else(|| Condition::DEFAULT.to_vec());
@@ -155,12 +183,8 @@ fn read_transfer(cell: &mut TableReader<'_>, seed: u64) -> Result<Vec<ShardSpec>
     }
     let answer_tokens = small(cell, "answer_tokens", 1, 64, 8)?;
     let spread = cell.optional("spread")?.unwrap_or(Spread::Any);
-    // The last shard takes a remainder of one fact along: a shard needs a second subject.
-    let shards = (facts / per_shard).max(1);
-    Ok((0..shards)
-        .map(|shard| {
-            let first_fact = shard * per_shard;
-            let facts = if shard + 1 == shards { facts - first_fact } else { per_shard };
+    Ok(in_shards(facts, per_shard)
+        .map(|(first_fact, facts)| {
             ShardSpec::Transfer(TransferSpec {
                 model: model.clone(),
                 first_fact,
@@ -174,11 +198,20 @@ fn read_transfer(cell: &mut TableReader<'_>, seed: u64) -> Result<Vec<ShardSpec>
         .collect())
 }
 
-fn read_model(cell: &mut TableReader<'_>) -> Result<String, SourceError> {
-    let model: String = cell.required("model")?;
+/// Facts in shards: first and number of each. The last takes a remainder along: a shard needs a second subject.
+fn in_shards(facts: u32, per_shard: u32) -> impl Iterator<Item = (u32, u32)> {
+    let shards = (facts / per_shard).max(1);
+    (0..shards).map(move |shard| {
+        let first = shard * per_shard;
+        (first, if shard + 1 == shards { facts - first } else { per_shard })
+    })
+}
+
+fn read_model(cell: &mut TableReader<'_>, key: &'static str) -> Result<String, SourceError> {
+    let model: String = cell.required(key)?;
     match model.parse::<ModelName>() {
         Ok(_) => Ok(model),
-        Err(error) => Err(cell.complain("model", format!("unknown model `{model}`; {error}")).hint(error.hint(&model))),
+        Err(error) => Err(cell.complain(key, format!("unknown model `{model}`; {error}")).hint(error.hint(&model))),
     }
 }
 
@@ -293,7 +326,8 @@ spread = "workers"
         );
         assert_eq!(
             swap("kind = \"transfer\"", "kind = \"transfr\""),
-            "s.toml:12:8: key \"experiment.kind\": unknown kind `transfr`; expected one of inspect, transfer, command, no-op | \
+            "s.toml:12:8: key \"experiment.kind\": unknown kind `transfr`; expected one of inspect, transfer, command, no-op, \
+             projector-train, projector-eval | \
              did you mean `transfer`?"
         );
         assert_eq!(

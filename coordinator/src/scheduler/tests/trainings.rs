@@ -89,7 +89,7 @@ fn unequal(lab: &mut Lab, spec: &TrainSpec, unit_ms: &[u64]) -> Vec<WorkerId> {
 #[test]
 fn ridge_is_statistics_in_any_order_and_one_solution() {
     let mut lab = Lab::new();
-    (0..3).for_each(|_| drop(lab.online()));
+    let _ = [lab.online(), lab.online(), lab.online()];
     let train = Group { trainings: vec![training(ridge(), 100, 3)], ..Group::default() };
     let test = Group { count: 1, after: vec![0], ..Group::default() };
     let run = NewRun { groups: vec![train, test], ..new_run(0, vec![evaluation(ProjectorRef::Trained(0))]) };
@@ -122,7 +122,7 @@ fn ridge_is_statistics_in_any_order_and_one_solution() {
 #[test]
 fn a_fuser_steps_and_meets_until_every_sample_is_counted() {
     let mut lab = Lab::new();
-    (0..2).for_each(|_| drop(lab.online()));
+    let _ = [lab.online(), lab.online()];
     let run = lab.submit_run(new_trainings(vec![
         training(ridge(), 10, 1),
         training(fuser(64, Some(ProjectorRef::Trained(0))), 300, 2),

@@ -60,6 +60,7 @@ impl Executor {
                     assert!(Path::new(&packet.path).is_file());
                     packets.insert(packet.key, packet.path);
                 }
+                FromExecutor::PacketUsed(_) => {}
                 last => return (packets, notes, last),
             }
         }

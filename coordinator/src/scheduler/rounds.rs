@@ -6,7 +6,9 @@
 //! are in the next round or not.
 
 use protocol::experiment::ShardSpec;
-use protocol::experiment::projector::{DELTA, FuserRecipe, Method, PROJECTOR, STATISTICS, Samples, Stage, TrainSpec};
+use protocol::experiment::projector::{
+    DELTA, FuserRecipe, Method, PROJECTOR, STATISTICS, Samples, Shares, Stage, TrainSpec,
+};
 use protocol::group::Require;
 use protocol::hardware::DeviceKind;
 use protocol::ids::{Role, RunId};
@@ -26,7 +28,7 @@ const WIDTH_UNKNOWN: u32 = 256;
 /// Widest that is chosen for processors: what is wider would fit, but not end.
 const WIDTH_ON_PROCESSORS_MAX: u32 = 128;
 /// Most local steps between two outer steps.
-const LOCAL_STEPS_MAX: u64 = 64;
+const LOCAL_STEPS_MAX: u64 = 256;
 
 /// What a training does next.
 enum Next {
@@ -104,7 +106,11 @@ fn steps(view: View<'_>, training: &Training, recipe: &FuserRecipe, require: Req
         spec.at(stage)
     };
     let request = request(view.state, &at(0, Samples { first: 0, count: 1 }), require);
-    let steps = local_steps(&unit_times(view, &request, shards as usize), recipe.local_steps);
+    let times = unit_times(view, &request, shards as usize);
+    let steps = match recipe.shares {
+        Shares::Speed => local_steps(&times, recipe.local_steps),
+        Shares::Equal => vec![recipe.local_steps.into(); times.len()],
+    };
     let left = spec.samples() - training.assigned;
     let mut first = training.assigned;
     let mut specs = Vec::new();
@@ -145,7 +151,7 @@ fn unit_times(view: View<'_>, request: &Request, most: usize) -> Vec<u64> {
     if times.is_empty() { vec![1] } else { times }
 }
 
-/// H_i = floor(H · v_i / v_p90), 64 at most: optimiser steps of each replica, from microseconds a sample, fastest first. One that
+/// H_i = floor(H · v_i / v_p90), 256 at most: optimiser steps of each replica, from microseconds a sample, fastest first. One that
 /// is too slow for a single step is no replica.
 fn local_steps(unit_us: &[u64], typical: u32) -> Vec<u64> {
     let fast = unit_us.get(unit_us.len() / 10).copied().unwrap_or(1);
@@ -217,7 +223,7 @@ mod tests {
         // Of ten one may be faster than the typical: it does more, up to the limit.
         let mut ten = vec![100; 9];
         ten.insert(0, 10);
-        assert_eq!(local_steps(&ten, 16)[..2], [64, 16]);
+        assert_eq!(local_steps(&ten, 16)[..2], [160, 16]);
     }
 
     #[test]

@@ -210,14 +210,26 @@ pub struct FuserRecipe {
     pub precision: Precision,
     /// Activations are computed again on the way back rather than kept.
     pub checkpointing: bool,
-    /// Optimiser steps of a typical replica between two outer steps, 1–64.
+    /// Optimiser steps of a typical replica between two outer steps, 1–256.
     pub local_steps: u32,
+    /// How many of them the others do.
+    pub shares: Shares,
     /// Deltas are sent as int8 in blocks of 256; otherwise as f32.
     pub quantise: bool,
     /// Learning rate and momentum of the outer step; `None`: by the number of rounds.
     pub outer: Option<(f64, f64)>,
     /// Samples on which weights are validated at the start of each round, with the right and with another sample's cache.
     pub validate: u32,
+}
+
+/// How the steps of a round are shared out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shares {
+    /// In proportion to measured speed, so that unequal devices end together.
+    Speed,
+    /// Equally, for comparison.
+    Equal,
 }
 
 /// Who has read the text that the source's cache is of.

@@ -31,7 +31,7 @@ use crate::control::Output;
 use crate::error::{SourceError, nearest};
 use crate::experiment::projector::{
     Corpus, CorpusText, Couriers, EvalSpec, FuserRecipe, LayerMap, Loss, Method, PROJECTOR, Pairs, Precision,
-    Projected, ProjectorRef, Regime, RidgeRecipe, Schedule, Stage, Tier, TrainSpec,
+    Projected, ProjectorRef, Regime, RidgeRecipe, Schedule, Shares, Stage, Tier, TrainSpec, stored_file,
 };
 use crate::experiment::{ShardSpec, Spread};
 use crate::group::Group;
@@ -47,7 +47,7 @@ pub(super) struct Above<'a> {
 }
 
 /// Keys of both methods: `source`, `target` (models), `method` (ridge, fuser; default ridge), `corpus` (`"couriers"`, the
-/// default, or a list of absolute paths or `artifact:HASH#name.jsonl`), for couriers `values` (8–10000, default 8), `names`
+/// default, or a list of absolute paths or of names that `bonepile store put` printed), for couriers `values` (8–10000, default 8), `names`
 /// (2–10000, default 64), `wordings` (1–64, default 4), `pairs_percent` (0–100, default 0), `samples` (1–100000000, default
 /// 512), `layers` (`"proportional"`, `"last-aligned"` or a list of source layers for each target layer; default: proportional
 /// for ridge, last-aligned for a fuser), `nearest` (1–16, default 3, for proportional), `spread`.
@@ -96,7 +96,7 @@ fn read_ridge(cell: &mut TableReader<'_>) -> Result<RidgeRecipe, SourceError> {
 /// (next-token, distil), `epochs` (1–1000, default 1), `batch` (1–4096, default 8), `micro_batch` (default: the batch),
 /// `learning_rate` (default 0.001), `warmup` (0–1, default 0.1), `schedule` (linear, constant, cosine), `weight_decay` (default
 /// 0.01), `clip` (default 1), `dropout` (0–1, default 0.1), `gate_start` (default 1: open), `temperature_end` (default 0.05),
-/// `precision` (f32, bf16, f16), `checkpointing`, `local_steps` (1–64, default 16), `quantise` (default true), `outer` (learning
+/// `precision` (f32, bf16, f16), `checkpointing`, `local_steps` (1–256, default 16), `shares` (speed, equal; default speed), `quantise` (default true), `outer` (learning
 /// rate and momentum; default: by the number of rounds), `validate` (0–4096, default 16), `replicas` (1–64, default 4).
 fn read_fuser(
     cell: &mut TableReader<'_>,
@@ -133,7 +133,8 @@ fn read_fuser(
         temperature_end: real(cell, "temperature_end", 1e-6, 1.0, 0.05)?,
         precision: one_of(cell, "precision", &PRECISIONS, Precision::F32)?,
         checkpointing: cell.optional("checkpointing")?.unwrap_or(false),
-        local_steps: small(cell, "local_steps", 1, 64, 16)?,
+        local_steps: small(cell, "local_steps", 1, 256, 16)?,
+        shares: one_of(cell, "shares", &[("speed", Shares::Speed), ("equal", Shares::Equal)], Shares::Speed)?,
         quantise: cell.optional("quantise")?.unwrap_or(true),
         outer: read_outer(cell)?,
         validate: small(cell, "validate", 0, 4096, 16)?,
@@ -312,16 +313,16 @@ fn read_corpus(cell: &mut TableReader<'_>) -> Result<Corpus, SourceError> {
             pairs_percent: small(cell, "pairs_percent", 0, 100, 0)?,
         }),
         CorpusWord::Files(files) => {
-            let good = |file: &String| match file.strip_prefix(ARTIFACT) {
-                Some(rest) => rest
-                    .split_once('#')
-                    .is_some_and(|(hash, name)| hash.parse::<crate::ids::ArtifactHash>().is_ok() && is_text(name)),
+            let good = |file: &String| match stored_file(file) {
+                Some(stored) => is_text(&stored.name),
                 None => file.starts_with('/') && is_text(file),
             };
             if let Some(bad) = files.iter().find(|file| !good(file)) {
                 return Err(cell
                     .complain("corpus", format!("`{bad}` is not an absolute path to a .txt or .jsonl file"))
-                    .hint("every worker reads it there; one of the store is \"artifact:HASH#name.jsonl\""));
+                    .hint(
+                        "every worker reads it there; `bonepile store put FILE` prints the name of one in the store",
+                    ));
             }
             if files.is_empty() {
                 return Err(cell.complain("corpus", "the list is empty; \"couriers\" needs no files"));

@@ -60,7 +60,8 @@ impl Gatherer {
             let shelved = self.shelf.join(input.hash.to_string());
             if std::fs::hard_link(&shelved, &path).is_err() {
                 bring(&self.store, seat, &input, &path).await?;
-                shelve(&self.shelf, &shelved, &path, input.bytes);
+                let bytes = std::fs::metadata(&path).map_or(input.bytes, |file| file.len());
+                shelve(&self.shelf, &shelved, &path, bytes);
             }
             places.push((input.name, path.to_string_lossy().into_owned()));
         }
@@ -156,15 +157,15 @@ async fn download(connection: &Connection, seat: SeatId, input: &Output, path: &
     let _ = send.finish();
     let mut reader = FrameReader::<ToWorker>::new(receive);
     let answer = tokio::time::timeout(ANSWER, reader.next()).await;
-    match answer.map_err(|_| NotYet("the coordinator does not answer a download".to_owned()))? {
-        Ok(Some(Received::Message(ToWorker::DownloadAnswer(DownloadAnswer { refused: None, .. })))) => {}
+    let bytes = match answer.map_err(|_| NotYet("the coordinator does not answer a download".to_owned()))? {
+        Ok(Some(Received::Message(ToWorker::DownloadAnswer(DownloadAnswer { refused: None, bytes })))) => bytes,
         Ok(Some(Received::Message(ToWorker::DownloadAnswer(DownloadAnswer { refused: Some(why), .. })))) => {
             return Err(NotYet(protocol::limits::clean_text(&why)));
         }
         Ok(_) => return Err(NotYet("the coordinator answered a download with something else".to_owned())),
         Err(error) => return Err(broken(&error)),
-    }
-    let hasher = write_down(reader.into_stream(), input.bytes, path).await.map_err(|error| broken(&error))?;
+    };
+    let hasher = write_down(reader.into_stream(), bytes, path).await.map_err(|error| broken(&error))?;
     named(input.hash, &hasher)
 }
 

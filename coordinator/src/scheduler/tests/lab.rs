@@ -384,6 +384,7 @@ pub(super) fn fuser(hidden: u32, base: Option<ProjectorRef>) -> Method {
         precision: Precision::F32,
         checkpointing: false,
         local_steps: 16,
+        shares: protocol::experiment::projector::Shares::Speed,
         quantise: true,
         outer: None,
         validate: 8,

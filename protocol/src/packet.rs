@@ -42,6 +42,12 @@ pub struct PacketHeader {
     pub token_ids: Vec<u32>,
     /// How many of the last tokens were generated rather than read.
     pub generated: u32,
+    /// Where each token stands in its text, [begin, end) in bytes; equal for tokens that are no text. Empty where not known.
+    #[serde(default)]
+    pub spans: Vec<(u32, u32)>,
+    /// What the source says about it, in a form that the two seats agree on; mostly empty.
+    #[serde(default)]
+    pub note: String,
 }
 
 /// RoPE of one layer.

@@ -25,6 +25,8 @@ pub(crate) fn write_packet(path: &Path, bytes: usize) -> Vec<u8> {
         positions: (0..tokens as i64).collect(),
         token_ids: Vec::new(),
         generated: 0,
+        spans: Vec::new(),
+        note: String::new(),
     };
     let mut directory = Map::new();
     directory.insert("__metadata__".into(), json!({ METADATA_KEY: serde_json::to_string(&header).unwrap() }));

@@ -26,4 +26,4 @@ pub use layout::CacheLayout;
 pub use mix::Path;
 pub use noise::Matched;
 pub use packed::{PackedCache, Packing};
-pub use value::{KvCache, LayerKv, Part};
+pub use value::{KvCache, LayerKv, Part, Span};

@@ -26,6 +26,7 @@ impl KvCache {
             };
         }
         noise.tokens = None;
+        noise.spans = None;
         noise.generated = 0;
         noise
     }

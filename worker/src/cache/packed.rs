@@ -86,6 +86,8 @@ impl KvCache {
             tokens: self.tokens.clone(),
             generated: self.generated,
             rotated: self.rotated,
+            spans: self.spans.clone(),
+            note: self.note.clone(),
         }
     }
 }

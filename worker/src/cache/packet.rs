@@ -26,8 +26,8 @@ use crate::model::rope::{Rope, RopeScaling};
 const DTYPE: &str = "F32";
 /// A longer directory is refused, as by the format's own library.
 const DIRECTORY_BYTES_MAX: u64 = 100_000_000;
-/// Wider heads are nobody's.
-const HEAD_DIM_MAX: usize = 1 << 14;
+/// Heads of a model, and their width, at most.
+const SIDE_MAX: usize = 1 << 16;
 /// Numbers converted at a time.
 const BLOCK: usize = 16 << 10;
 
@@ -51,6 +51,8 @@ impl KvCache {
             positions: self.positions.clone(),
             token_ids: self.tokens.clone().unwrap_or_default(),
             generated: number(self.generated),
+            spans: self.spans.clone().unwrap_or_default(),
+            note: self.note.clone(),
         }
     }
 
@@ -108,7 +110,7 @@ impl KvCache {
     /// [`CacheError::Layout`] if it is another model's, [`CacheError::NotFinite`] for NaN and infinities.
     pub fn from_bytes(bytes: &[u8], layout: &Arc<CacheLayout>) -> Result<Self, CacheError> {
         let failed = |source: std::io::Error| broken(source.to_string());
-        Source { reader: Cursor::new(bytes), length: bytes.len() as u64, failed: &failed }.read(layout)
+        Source { reader: Cursor::new(bytes), length: bytes.len() as u64, failed: &failed }.read(Some(layout))
     }
 
     /// Writes the packet to a file; returns its length in bytes.
@@ -125,20 +127,32 @@ impl KvCache {
     /// # Errors
     /// [`CacheError::Io`], and as [`KvCache::from_bytes`].
     pub fn load(path: &Path, layout: &Arc<CacheLayout>) -> Result<Self, CacheError> {
-        let failed = |source| CacheError::Io { path: path.to_path_buf(), source };
-        Source::open(path, &failed)?.read(layout)
+        Self::open(path, Some(layout))
     }
 
-    /// Reads a packet of a model that is not here, of which it states the layout itself: all layers must be in it. Such a
-    /// cache can be projected, not injected.
+    /// Reads a packet of another model than those at hand, to be projected: what it says about that model is its layout, so
+    /// it must hold every layer.
     ///
     /// # Errors
-    /// As [`KvCache::load`]; [`CacheError::Packet`] if layers are left out or the architecture is not known.
+    /// [`CacheError::Io`], [`CacheError::Packet`], [`CacheError::NotFinite`].
     pub fn load_foreign(path: &Path) -> Result<Self, CacheError> {
+        Self::open(path, None)
+    }
+
+    /// The same from bytes.
+    ///
+    /// # Errors
+    /// [`CacheError::Packet`], [`CacheError::NotFinite`].
+    pub fn from_foreign_bytes(bytes: &[u8]) -> Result<Self, CacheError> {
+        let failed = |source: std::io::Error| broken(source.to_string());
+        Source { reader: Cursor::new(bytes), length: bytes.len() as u64, failed: &failed }.read(None)
+    }
+
+    fn open(path: &Path, layout: Option<&Arc<CacheLayout>>) -> Result<Self, CacheError> {
         let failed = |source| CacheError::Io { path: path.to_path_buf(), source };
-        let (header, _, _) = Source::open(path, &failed)?.header()?;
-        let layout = Arc::new(stated_layout(&header)?);
-        Source::open(path, &failed)?.read(&layout)
+        let reader = File::open(path).map_err(failed)?;
+        let length = reader.metadata().map_err(failed)?.len();
+        Source { reader, length, failed: &failed }.read(layout)
     }
 }
 
@@ -150,27 +164,18 @@ struct Source<'a, R> {
     failed: &'a dyn Fn(std::io::Error) -> CacheError,
 }
 
-impl<'a> Source<'a, File> {
-    fn open(path: &Path, failed: &'a dyn Fn(std::io::Error) -> CacheError) -> Result<Self, CacheError> {
-        let reader = File::open(path).map_err(failed)?;
-        let length = reader.metadata().map_err(failed)?.len();
-        Ok(Self { reader, length, failed })
-    }
-}
-
 impl<R: Read + Seek> Source<'_, R> {
-    /// What it says of itself, its directory, and where the first tensor begins.
-    fn header(&mut self) -> Result<(PacketHeader, Metadata, u64), CacheError> {
+    /// Reads a packet of the model of `layout`; without one, of whatever model the packet says.
+    fn read(mut self, layout: Option<&Arc<CacheLayout>>) -> Result<KvCache, CacheError> {
         let (directory, start) = self.directory()?;
         let header = directory.metadata().as_ref().and_then(|metadata| metadata.get(METADATA_KEY));
         let header = header.ok_or_else(|| broken(format!("metadata {METADATA_KEY} is missing")))?;
         let header: PacketHeader = serde_json::from_str(header).map_err(|error| broken(error.to_string()))?;
-        Ok((header, directory, start))
-    }
-
-    fn read(mut self, layout: &Arc<CacheLayout>) -> Result<KvCache, CacheError> {
-        let (header, directory, start) = self.header()?;
-        check_header(&header, layout)?;
+        let layout = match layout {
+            Some(layout) => Arc::clone(layout),
+            None => Arc::new(stated_layout(&header)?),
+        };
+        check_header(&header, &layout)?;
         let tensors = directory.offset_keys().len();
         if tensors != 2 * header.layers.len() {
             return Err(broken(format!("{tensors} tensors for {} layers", header.layers.len())));
@@ -184,8 +189,13 @@ impl<R: Read + Seek> Source<'_, R> {
             layers.insert(index, LayerKv { k, v });
         }
         let tokens = (header.token_ids.len() == header.positions.len()).then_some(header.token_ids);
-        let cache = KvCache::new(Arc::clone(layout), layers, header.positions, tokens, header.rotated)?;
-        Ok(cache.with_generated(header.generated as usize))
+        let spans = (header.spans.len() == header.positions.len()).then_some(header.spans);
+        let cache = KvCache::new(layout, layers, header.positions, tokens, header.rotated)?;
+        let cache = cache.with_generated(header.generated as usize).with_note(header.note);
+        match spans {
+            Some(spans) => cache.with_spans(spans),
+            None => Ok(cache),
+        }
     }
 
     /// What tensors there are, and where the first begins.
@@ -254,31 +264,31 @@ fn rope_facts(layer: &LayerConfig, head_dim: usize) -> RopeFacts {
     RopeFacts { base: layer.rope.base, dims, linear_factor, divisors }
 }
 
-/// The layout that a packet with all layers states.
+/// The layout that a header with every layer states.
 fn stated_layout(header: &PacketHeader) -> Result<CacheLayout, CacheError> {
-    let architecture = family(&header.architecture).map(|family| family.architecture);
-    let architecture =
-        architecture.ok_or_else(|| broken(format!("architecture {} is not known", header.architecture)))?;
-    let all = header.layers.iter().copied().eq(0..header.model_layers);
-    if !all || header.rope.len() != header.layers.len() || header.sliding_window.len() != header.layers.len() {
-        return Err(broken("a packet of a model that is not here must state every layer".to_owned()));
+    let family = family(&header.architecture)
+        .ok_or_else(|| broken(format!("it is of architecture {}, which is not known here", header.architecture)))?;
+    let all = header.model_layers as usize;
+    if header.rope.len() != all || header.sliding_window.len() != all {
+        return Err(broken(format!("it holds {} of {all} layers; another model's must hold all", header.rope.len())));
     }
     let (kv_heads, head_dim) = (header.kv_heads as usize, header.head_dim as usize);
-    if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > HEAD_DIM_MAX {
-        return Err(broken(format!("heads of width {head_dim}")));
+    if !(1..=SIDE_MAX).contains(&kv_heads) || !(2..=SIDE_MAX).contains(&head_dim) || head_dim % 2 != 0 {
+        return Err(broken(format!("{kv_heads} heads of width {head_dim}")));
     }
-    let layers = header.rope.iter().zip(&header.sliding_window).map(|(rope, window)| {
-        let scaling = match (rope.linear_factor, rope.divisors.as_slice()) {
-            (1.0, []) => RopeScaling::None,
-            (factor, []) => RopeScaling::Linear(factor),
-            (_, divisors) if divisors.len() == head_dim / 2 => RopeScaling::Divisors(divisors.to_vec()),
-            (_, divisors) => return Err(broken(format!("{} divisors for heads of {head_dim}", divisors.len()))),
+    let layer = |(facts, window): (&RopeFacts, &Option<u32>)| {
+        let scaling = match facts.divisors.as_slice() {
+            [] if facts.linear_factor == 1.0 => RopeScaling::None,
+            [] => RopeScaling::Linear(facts.linear_factor),
+            divisors if divisors.len() == head_dim / 2 => RopeScaling::Divisors(divisors.to_vec()),
+            divisors => return Err(broken(format!("{} RoPE divisors for a head of {head_dim}", divisors.len()))),
         };
-        let rope = Rope::new(rope.base, scaling, head_dim);
-        Ok(LayerConfig { rope, window: window.map(|window| window as usize) })
-    });
-    let layers = layers.collect::<Result<_, _>>()?;
-    Ok(CacheLayout { fingerprint: header.model_fingerprint.clone(), architecture, layers, kv_heads, head_dim })
+        let window = window.map(|window| window as usize);
+        Ok(LayerConfig { rope: Rope::new(facts.base, scaling, head_dim), window })
+    };
+    let layers = header.rope.iter().zip(&header.sliding_window).map(layer).collect::<Result<_, _>>()?;
+    let (fingerprint, architecture) = (header.model_fingerprint.clone(), family.architecture);
+    Ok(CacheLayout { fingerprint, architecture, layers, kv_heads, head_dim })
 }
 
 /// Refuses a header that contradicts itself or the model.
@@ -317,6 +327,9 @@ fn check_header(header: &PacketHeader, layout: &CacheLayout) -> Result<(), Cache
     if !header.token_ids.is_empty() && header.token_ids.len() != columns {
         return Err(broken(format!("{} token ids for {columns} positions", header.token_ids.len())));
     }
+    if !header.spans.is_empty() && header.spans.len() != columns {
+        return Err(broken(format!("{} spans for {columns} positions", header.spans.len())));
+    }
     if header.generated as usize > columns {
         return Err(broken(format!("{} generated of {columns} tokens", header.generated)));
     }
@@ -331,21 +344,16 @@ mod tests {
     #[test]
     fn a_packet_comes_back_bit_for_bit() {
         for cache in [sample(5), sample(5).unrotated(), sample(0), sample(3).select_layers(&[1]).unwrap()] {
-            let cache = cache.with_generated(2);
+            let cache = cache.with_generated(2).with_note("read in 3 ms".to_owned());
+            let spans = (0..u32::try_from(cache.len()).unwrap()).map(|column| (column, column + 1)).collect();
+            let cache = cache.with_spans(spans).unwrap();
             assert_eq!(KvCache::from_bytes(&cache.to_bytes(), cache.layout()).unwrap(), cache);
+            let foreign = KvCache::from_foreign_bytes(&cache.to_bytes());
+            match cache.check_fits(cache.layout()) {
+                Ok(()) => assert_eq!(foreign.unwrap(), cache),
+                Err(_) => assert!(matches!(foreign, Err(CacheError::Packet { .. }))),
+            }
         }
-    }
-
-    #[test]
-    fn a_packet_of_a_model_that_is_not_here_states_its_layout() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("cache.safetensors");
-        let cache = sample(3).unrotated();
-        cache.save(&path).unwrap();
-        assert_eq!(KvCache::load_foreign(&path).unwrap(), cache);
-        sample(3).select_layers(&[1]).unwrap().save(&path).unwrap();
-        let refused = KvCache::load_foreign(&path);
-        assert!(matches!(refused, Err(CacheError::Packet { .. })), "{refused:?}");
     }
 
     #[test]
@@ -380,6 +388,7 @@ mod tests {
             let mut damaged = bytes.clone();
             damaged[at] ^= 0x55;
             let _ = KvCache::from_bytes(&damaged, cache.layout());
+            let _ = KvCache::from_foreign_bytes(&damaged);
         }
     }
 }

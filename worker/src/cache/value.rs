@@ -39,7 +39,12 @@ pub struct KvCache {
     pub(super) tokens: Option<Vec<u32>>,
     pub(super) generated: usize,
     pub(super) rotated: bool,
+    pub(super) spans: Option<Vec<Span>>,
+    pub(super) note: String,
 }
+
+/// Where a token stands in its text: [begin, end) in bytes; equal for tokens that are no text, such as BOS.
+pub type Span = (u32, u32);
 
 impl KvCache {
     /// Puts a cache together. `rotated` says whether keys carry the rotation of their positions.
@@ -72,7 +77,7 @@ impl KvCache {
             let (what, expected) = ("token ids".to_owned(), positions.len());
             return Err(CacheError::Shape { what, expected, got: tokens.len() });
         }
-        Ok(Self { layout, layers, positions, tokens, generated: 0, rotated })
+        Ok(Self { layout, layers, positions, tokens, generated: 0, rotated, spans: None, note: String::new() })
     }
 
     /// Number of columns, T.
@@ -127,6 +132,36 @@ impl KvCache {
         self
     }
 
+    /// Where each column's token stands in the text, where known.
+    pub fn spans(&self) -> Option<&[Span]> {
+        self.spans.as_deref()
+    }
+
+    /// The same cache, its columns' places in the text known.
+    ///
+    /// # Errors
+    /// [`CacheError::Shape`] unless there is one a column.
+    pub fn with_spans(mut self, spans: Vec<Span>) -> Result<Self, CacheError> {
+        if spans.len() != self.len() {
+            let what = "spans".to_owned();
+            return Err(CacheError::Shape { what, expected: self.len(), got: spans.len() });
+        }
+        self.spans = Some(spans);
+        Ok(self)
+    }
+
+    /// What the source says about it, in a form that both sides know; mostly empty.
+    pub fn note(&self) -> &str {
+        &self.note
+    }
+
+    /// The same cache with that said about it.
+    #[must_use]
+    pub fn with_note(mut self, note: String) -> Self {
+        self.note = note;
+        self
+    }
+
     /// Bytes that K and V of one column take over the layers held, as f32.
     pub fn bytes_per_token(&self) -> usize {
         self.layers.len() * 2 * self.layout.layer_len(1) * size_of::<f32>()
@@ -160,6 +195,8 @@ impl KvCache {
             tokens: self.tokens.as_ref().map(|tokens| columns.iter().map(|column| tokens[*column]).collect()),
             generated: columns.iter().filter(|column| **column >= self.len() - self.generated).count(),
             rotated: self.rotated,
+            spans: self.spans.as_ref().map(|spans| columns.iter().map(|column| spans[*column]).collect()),
+            note: self.note.clone(),
         })
     }
 
@@ -211,6 +248,9 @@ impl KvCache {
             tokens: self.tokens.as_ref().zip(other.tokens.as_ref()).map(|(a, b)| [a.as_slice(), b].concat()),
             generated: if other.generated == other.len() { self.generated + other.len() } else { other.generated },
             rotated: self.rotated,
+            // Places in two texts.
+            spans: None,
+            note: String::new(),
         })
     }
 
@@ -294,6 +334,10 @@ pub(super) mod tests {
     #[test]
     fn slices_join_back() {
         let cache = sample(5);
+        let spans = (0..5).map(|column| (column, column + 1)).collect();
+        let placed = cache.clone().with_spans(spans).unwrap().slice_tokens(2..4).unwrap();
+        assert_eq!(placed.spans(), Some([(2, 3), (3, 4)].as_slice()));
+        assert!(cache.clone().with_spans(vec![(0, 1)]).is_err());
         let (head, tail) = (cache.slice_tokens(0..2).unwrap(), cache.slice_tokens(2..5).unwrap());
         assert_eq!(head.concat(&tail).unwrap(), cache);
         assert_eq!(tail.tokens(), Some([2, 3, 4].as_slice()));

@@ -26,6 +26,7 @@ use tokenizers::{
 
 use super::error::ModelError;
 use super::gguf::{Gguf, GgufError, Metadata, Value};
+use crate::cache::Span;
 
 /// `tokenizer.ggml.token_type` of tokens that text can become.
 const NORMAL: i64 = 1;
@@ -156,6 +157,29 @@ impl Tokenizer {
         let mut ids: Vec<u32> = self.bos.filter(|_| self.add_bos).into_iter().collect();
         ids.extend(self.encode(text)?);
         Ok(ids)
+    }
+
+    /// As [`Tokenizer::encode_start`], with where each token stands in `text`: [begin, end) in bytes, equal for BOS. A token
+    /// that is only a part of a character has the whole character.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_spans(&self, text: &str) -> Result<(Vec<u32>, Vec<Span>), ModelError> {
+        let encoding = self.plain.encode(text, false).map_err(failed)?;
+        let ids = self.encode_start(text)?;
+        let before = ids.len() - encoding.len();
+        let spans = encoding.get_offsets().iter().map(|offsets| span(*offsets));
+        Ok((ids, std::iter::repeat_n((0, 0), before).chain(spans).collect()))
+    }
+
+    /// As [`Tokenizer::encode_with_specials`], with where each token stands in `text`.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`] if the library fails.
+    pub(crate) fn encode_special_spans(&self, text: &str) -> Result<(Vec<u32>, Vec<Span>), ModelError> {
+        let encoding = self.with_specials.encode(text, false).map_err(failed)?;
+        let spans = encoding.get_offsets().iter().map(|offsets| span(*offsets)).collect();
+        Ok((encoding.get_ids().to_vec(), spans))
     }
 
     /// Ids of a text in which special tokens count as such: only for text that we wrote, never a user's.
@@ -294,6 +318,11 @@ pub(super) fn pair(whole: tokenizers::Tokenizer) -> Result<(Engine, Engine), Mod
     let mut plain = with_specials.clone();
     plain.set_encode_special_tokens(true);
     Ok((with_specials, plain))
+}
+
+fn span((begin, end): (usize, usize)) -> Span {
+    let place = |at: usize| u32::try_from(at).expect("texts are shorter than 4 GiB");
+    (place(begin), place(end))
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]

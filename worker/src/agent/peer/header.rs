@@ -197,6 +197,8 @@ pub(crate) mod tests {
             positions: (0..i64::from(tokens)).collect(),
             token_ids: Vec::new(),
             generated: 0,
+            spans: Vec::new(),
+            note: String::new(),
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Layout:
 //! - `agent` (feature `agent`): the daemon. Async, light, no ML inside.
-//! - `executor`, `experiment`, `model`, `cache` (feature `executor`): the child process that computes.
+//! - `executor`, `experiment`, `model`, `cache`, `projector` (feature `executor`): the child process that computes.
 //! - `tool` (feature `executor`): one model by hand, without a cluster.
 //! - [`support`]: what a build of the executor can compute on; both sides know the type.
 
@@ -18,6 +18,9 @@ pub mod experiment;
 pub mod memory;
 #[cfg(feature = "executor")]
 pub mod model;
+#[cfg(feature = "executor")]
+#[cfg(feature = "executor")]
+pub mod projector;
 #[cfg(feature = "executor")]
 pub mod random;
 pub mod support;

@@ -10,6 +10,8 @@ use super::wire::WireError;
 use crate::experiment::ExperimentError;
 use crate::model::ModelError;
 use crate::model::gguf::GgufError;
+use crate::projector::ProjectorError;
+use crate::projector::corpus::CorpusError;
 
 impl From<Stopped> for ExperimentError {
     fn from(_: Stopped) -> Self {
@@ -54,6 +56,15 @@ fn kind(error: &ExperimentError) -> FailureKind {
         ExperimentError::Cache(_) => FailureKind::Internal,
         ExperimentError::PacketRefused { .. } => FailureKind::PacketRefused,
         ExperimentError::Packet { .. } => FailureKind::LocalDisk,
+        ExperimentError::Corpus(CorpusError::Io { .. }) => FailureKind::LocalDisk,
+        ExperimentError::Corpus(_) => FailureKind::BadSpec,
+        ExperimentError::Projector(error) => match error {
+            ProjectorError::Layers { .. } | ProjectorError::Parts { .. } | ProjectorError::Ridge { .. } => {
+                FailureKind::BadSpec
+            }
+            ProjectorError::Io { .. } => FailureKind::LocalDisk,
+            _ => FailureKind::Internal,
+        },
         ExperimentError::Stopped => FailureKind::Cancelled,
     }
 }

@@ -2,6 +2,8 @@
 
 use crate::cache::CacheError;
 use crate::model::ModelError;
+use crate::projector::ProjectorError;
+use crate::projector::corpus::CorpusError;
 
 /// An experiment could not be finished.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +45,12 @@ pub enum ExperimentError {
         /// What happened.
         what: String,
     },
+    /// What is to be read cannot be read.
+    #[error("read the corpus")]
+    Corpus(#[from] CorpusError),
+    /// A projector could not be trained or used.
+    #[error("work with a projector")]
+    Projector(#[from] ProjectorError),
     /// Whoever runs the experiment asked it to stop.
     #[error("stopped on request")]
     Stopped,

@@ -6,11 +6,13 @@
 //! Layout:
 //! - [`facts`]: the courier facts that all kinds read.
 //! - [`inspect`]: shape and statistics of a cache.
+//! - [`projector`]: training projectors between two models, and measuring them.
 //! - [`transfer`]: a cache made by one model instance and injected by another, against oracle and controls.
 
 pub mod error;
 pub mod facts;
 pub mod inspect;
+pub mod projector;
 pub mod transfer;
 
 pub use error::ExperimentError;

@@ -1,0 +1,163 @@
+//! Projectors: a cache of one model as a cache of another.
+//!
+//! A projector takes the source's un-rotated cache of a text, the alignment of both models' tokens, and what the target has of
+//! its own; it gives the target's un-rotated cache at the target's positions, which injects like any other. Does not train by
+//! itself: `experiment::projector` has the procedures.
+//!
+//! Layout:
+//! - [`align`]: tokens and layers. [`reading`]: how a model reads a sample. [`rows`]: caches as rows of matrices.
+//! - [`corpus`]: what is read in training. [`mod@file`]: the format.
+//! - [`ridge`]: the closed form.
+
+pub mod align;
+pub mod corpus;
+pub mod error;
+pub mod file;
+pub mod reading;
+pub mod ridge;
+pub mod rows;
+#[cfg(test)]
+pub(crate) mod testing;
+
+use std::path::Path;
+
+pub use align::Alignment;
+pub use error::ProjectorError;
+pub use file::Manifest;
+
+use self::ridge::Ridge;
+use crate::cache::{KvCache, LayerKv};
+use crate::model::team::team;
+use crate::model::{Model, ModelError};
+
+/// First columns that the target keeps as it computes them: an attention sink lies there.
+pub const KEPT: usize = 1;
+/// Method of a closed form.
+pub const RIDGE: &str = "ridge";
+
+/// What `task` gives for each layer, computed by all threads.
+pub(crate) fn each_layer<T: Send>(count: usize, task: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let mut slots: Vec<Option<T>> = (0..count).map(|_| None).collect();
+    team().chunks(&mut slots, 1, |layer, slot| slot[0] = Some(task(layer)));
+    slots.into_iter().map(|slot| slot.expect("every layer was computed")).collect()
+}
+
+/// A trained projector, and what it is for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Projector {
+    manifest: Manifest,
+    method: Trained,
+}
+
+/// The numbers of each method.
+#[derive(Debug, Clone, PartialEq)]
+enum Trained {
+    Ridge(Ridge),
+}
+
+/// What a projector needs of the target's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Own {
+    /// Its cache of the first [`KEPT`] tokens.
+    First,
+    /// Its cache of the whole text.
+    Whole,
+}
+
+impl Own {
+    /// The target's own cache of a reading, as much as is needed, un-rotated.
+    ///
+    /// # Errors
+    /// What failed in the model.
+    pub fn cache(self, model: &Model, reading: &reading::Reading) -> Result<KvCache, ModelError> {
+        let mut reading = reading.clone();
+        if self == Self::First {
+            reading.ids.truncate(KEPT);
+            reading.spans.truncate(KEPT);
+        }
+        reading.cache(model)
+    }
+}
+
+impl Projector {
+    /// A ridge projector.
+    ///
+    /// # Errors
+    /// [`ProjectorError::File`] if the manifest contradicts itself.
+    pub(crate) fn ridge(manifest: Manifest, ridge: Ridge) -> Result<Self, ProjectorError> {
+        manifest.check()?;
+        Ok(Self { manifest, method: Trained::Ridge(ridge) })
+    }
+
+    /// What it is for.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Trained numbers.
+    pub fn parameters(&self) -> u64 {
+        match &self.method {
+            Trained::Ridge(ridge) => ridge.parameters(),
+        }
+    }
+
+    /// What it needs of the target's own.
+    pub fn own(&self) -> Own {
+        match &self.method {
+            Trained::Ridge(_) => Own::First,
+        }
+    }
+
+    /// The target's cache, un-rotated, one column for each of the alignment's, at positions from `own`'s first on.
+    ///
+    /// `source` is the source's cache of the text, `own` what [`Projector::own`] says of the target's.
+    ///
+    /// # Errors
+    /// [`ProjectorError::Fingerprint`] and [`ProjectorError::Layout`] for caches of other models;
+    /// [`ProjectorError::Alignment`] for an alignment of other caches.
+    pub fn project(&self, source: &KvCache, alignment: &Alignment, own: &KvCache) -> Result<KvCache, ProjectorError> {
+        self.manifest.accept(source.layout(), own.layout())?;
+        let wrong = |what: String| ProjectorError::Alignment { what };
+        if source.len() != alignment.source_len() {
+            let (expected, got) = (alignment.source_len(), source.len());
+            return Err(wrong(format!("it is for {expected} source tokens, the cache has {got}")));
+        }
+        if alignment.is_empty() || own.len() < KEPT {
+            return Err(wrong("the target has no token of its own".to_owned()));
+        }
+        let (source, own) = (&source.unrotated(), &own.unrotated());
+        let layers: Vec<(usize, LayerKv)> = match &self.method {
+            Trained::Ridge(ridge) => ridge.project(&self.manifest, source, alignment, own)?,
+        };
+        let positions = (own.positions()[0]..).take(alignment.len()).collect();
+        Ok(KvCache::new(own.layout().clone(), layers, positions, None, false)?)
+    }
+
+    /// Writes it; returns the bytes.
+    ///
+    /// # Errors
+    /// [`ProjectorError::Io`].
+    pub fn save(&self, path: &Path) -> Result<u64, ProjectorError> {
+        let tensors = match &self.method {
+            Trained::Ridge(ridge) => ridge.tensors(&self.manifest),
+        };
+        file::save(path, file::KIND, &self.manifest, &tensors)
+    }
+
+    /// Reads one, of any method.
+    ///
+    /// # Errors
+    /// [`ProjectorError::Io`], [`ProjectorError::File`].
+    pub fn load(path: &Path) -> Result<Self, ProjectorError> {
+        let (manifest, tensors): (Manifest, _) = file::load(path, file::KIND)?;
+        manifest.check()?;
+        let method = match manifest.method.as_str() {
+            RIDGE => Trained::Ridge(Ridge::from_tensors(&manifest, tensors)?),
+            other => {
+                let what = format!("method `{other}` is not known to this build");
+                return Err(ProjectorError::File { kind: file::KIND, what });
+            }
+        };
+        Ok(Self { manifest, method })
+    }
+}

@@ -7,12 +7,13 @@
 //! Layout:
 //! - [`align`]: tokens and layers. [`reading`]: how a model reads a sample. [`rows`]: caches as rows of matrices.
 //! - [`corpus`]: what is read in training. [`mod@file`]: the format.
-//! - [`ridge`]: the closed form.
+//! - [`ridge`]: the closed form. [`fuser`]: a network trained through the target.
 
 pub mod align;
 pub mod corpus;
 pub mod error;
 pub mod file;
+pub mod fuser;
 pub mod reading;
 pub mod ridge;
 pub mod rows;

@@ -9,6 +9,7 @@
 //! - `card`: what runs on cards, here on the processor.
 //! - `checkpoints`: tiny models written by `transformers`, directories and GGUF; directories that lie or are cut.
 //! - `gradients`: through frozen models, against PyTorch and finite differences.
+//! - `fuser`: optimiser steps of a projector through a frozen model, against PyTorch's.
 //! - `damage`: files that lie, are cut or are garbage.
 //! - `text`: tokenizers and chat templates; `tokens`: their ids against llama.cpp's, for 200 strings.
 //! - `writing`: samplers with seeds, many sequences that write at once, and the tool that runs them.
@@ -27,6 +28,7 @@ mod damage;
 mod experiments;
 mod families;
 mod full;
+mod fuser;
 mod gradients;
 mod passes;
 mod reference;

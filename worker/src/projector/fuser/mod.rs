@@ -19,4 +19,4 @@ pub use noise::Noise;
 pub use optimiser::{AdamW, Rates};
 pub use outer::{OuterError, OuterRate, OuterStep, outer_step};
 pub use shape::FuserShape;
-pub use step::{Example, Gradient, Prefix, StepOptions, Suffix, gradient, loss};
+pub use step::{Example, Gradient, Prefix, StepOptions, Suffix, gradient, gradient_under, loss};

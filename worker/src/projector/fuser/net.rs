@@ -103,7 +103,7 @@ impl Net {
         match mode {
             Mode::Use => logit.gt(0.0)?.to_dtype(DType::F32),
             Mode::Train { temperature, noise } => {
-                candle_nn::ops::sigmoid(&((logit + noise.gumbel.to_device(like.device())?)? / temperature)?)
+                candle_nn::ops::sigmoid(&((logit + &noise.gumbel)? / temperature)?)
             }
         }
     }
@@ -117,7 +117,7 @@ impl Net {
         let branch = self.product(&inner, down)?;
         match mode {
             Mode::Train { noise: Noise { kept: Some(kept), .. }, .. } => {
-                x + (branch * kept[block].to_device(x.device())?)?
+                x + (branch * &kept[block])?
             }
             Mode::Train { .. } | Mode::Use => x + branch,
         }

@@ -35,6 +35,15 @@ impl Noise {
         Ok(Self { gumbel, kept })
     }
 
+    /// The same on `device`.
+    ///
+    /// # Errors
+    /// If memory runs out there.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let kept = self.kept.as_ref().map(|kept| kept.iter().map(|kept| kept.to_device(device)).collect());
+        Ok(Self { gumbel: self.gumbel.to_device(device)?, kept: kept.transpose()? })
+    }
+
     /// Of several samples' columns, one behind the other.
     ///
     /// # Errors

@@ -95,11 +95,30 @@ pub fn gradient(
     batch: &[Example],
     options: &StepOptions,
 ) -> std::result::Result<Gradient, ModelError> {
+    let noise = |example: &Example| {
+        let columns = example.prefix.len() - example.prefix.own;
+        Noise::new(shape, columns, options.dropout, options.seed, example.place)
+    };
+    gradient_under(model, shape, weights, batch, options, &noise)
+}
+
+/// The same under noise that is given: a function, so that what can be drawn again need not be kept.
+///
+/// # Errors
+/// As [`gradient`], and what `noise` says.
+pub fn gradient_under(
+    model: &Model,
+    shape: &FuserShape,
+    weights: &[f32],
+    batch: &[Example],
+    options: &StepOptions,
+    noise: &dyn Fn(&Example) -> Result<Noise>,
+) -> std::result::Result<Gradient, ModelError> {
     let scored: usize = batch.iter().map(|example| example.suffix.scored.len()).sum();
     let mut total = Gradient { loss: 0.0, values: vec![0.0; weights.len()] };
     let (net, variables) = Net::new(*shape, weights, options.precision, &options.device, true)?;
     for part in batch.chunks(options.micro_batch.max(1)) {
-        let inputs = Inputs::new(shape, part, options)?;
+        let inputs = Inputs::new(part, options, noise)?;
         let kept = (!options.checkpointing).then(|| inputs.fuse(&net, options)).transpose()?;
         let values = match &kept {
             Some(fused) => fused.detach(),
@@ -182,21 +201,21 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(shape: &FuserShape, part: &[Example], options: &StepOptions) -> Result<Self> {
-        let (mut columns, mut noise) = (Vec::new(), Vec::new());
+    fn new(part: &[Example], options: &StepOptions, noise: &dyn Fn(&Example) -> Result<Noise>) -> Result<Self> {
+        let mut columns = Vec::new();
         let mut next = 0;
-        for Example { place, prefix, .. } in part {
+        for Example { prefix, .. } in part {
             let count = prefix.len() - prefix.own;
             columns.push(next..next + count);
             next += count;
-            noise.push(Noise::new(shape, count, options.dropout, options.seed, *place)?);
         }
+        let noise = Noise::join(&part.iter().map(noise).collect::<Result<Vec<_>>>()?)?.to_device(&options.device)?;
         let join = |of: fn(&Prefix) -> &Tensor| {
             let parts = part.iter().map(|example| example.prefix.fused_part(of(&example.prefix), &Device::Cpu));
             Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 1)?.to_device(&options.device)
         };
         let (source, base) = (join(|prefix| &prefix.source)?, join(|prefix| &prefix.base)?);
-        Ok(Self { source, base, noise: Noise::join(&noise)?, columns })
+        Ok(Self { source, base, noise, columns })
     }
 
     fn fuse(&self, net: &Net, options: &StepOptions) -> Result<Tensor> {

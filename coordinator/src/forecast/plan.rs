@@ -46,6 +46,8 @@ pub struct Plan {
 /// What would be done with a shard.
 #[derive(Debug, Clone)]
 pub struct PlannedShard {
+    /// What it does.
+    pub summary: String,
     /// Its seats: role, device, when it would start and end (milliseconds from now), memory set aside.
     pub seats: Vec<PlannedSeat>,
     /// What the prediction stands on.
@@ -105,7 +107,8 @@ pub fn what_if(scheduler: &Scheduler, add: &[Extra], remove: &[WorkerId]) -> Sch
 /// Plans `run` on the cluster of `scheduler`, behind what waits and runs there; `None` for what waits and runs already.
 pub fn plan(scheduler: &Scheduler, run: Option<&NewRun>) -> Plan {
     let (plan, expected) = forecast(scheduler, run, 0);
-    let shards = run.map_or(0, |run| run.specs.len() as u64) + scheduler.live().queue.len() as u64;
+    // A training's shards are known only in the forecast.
+    let shards = plan.shards.len() as u64 + scheduler.live().queue.len() as u64;
     let draws = (DRAWN_SHARDS / shards.max(1)).clamp(2, DRAWS_MAX);
     let mut spans: Vec<u64> = (1..=draws).filter_map(|seed| forecast(scheduler, run, seed).1).collect();
     spans.sort_unstable();
@@ -219,7 +222,8 @@ fn gather(engine: &Engine<'_>, before: &Scheduler, id: Option<RunId>, start: Uni
         } else {
             String::new()
         };
-        shards.push(PlannedShard { seats, basis, reasons, sentence });
+        let summary = state.shard(shard).map(|shard| shard.spec.summary()).unwrap_or_default();
+        shards.push(PlannedShard { summary, seats, basis, reasons, sentence });
     }
     Plan { shards, makespan_ms: None, makespan_spread_ms: None, device_ms, price_usd, energy_kwh }
 }

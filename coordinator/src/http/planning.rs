@@ -3,7 +3,6 @@
 use axum::Json;
 use axum::extract::{Path, State};
 use protocol::catalogue;
-use protocol::experiment::ShardSpec;
 use protocol::hardware::{Device, DeviceKind, Speed};
 use protocol::ids::{DeviceId, DeviceRef, WorkerId};
 use protocol::sweep::Sweep;
@@ -62,10 +61,10 @@ fn answer(scheduler: &Scheduler, request: PlanRequest) -> Result<PlanAnswer, Api
     }
     let as_is = plan(scheduler, run.as_ref());
     if extras.is_empty() && remove.is_empty() {
-        return Ok(worded(as_is, None, run.as_ref()));
+        return Ok(worded(as_is, None));
     }
     let other = plan(&what_if(scheduler, &extras, &remove), run.as_ref());
-    Ok(worded(other, as_is.makespan_ms, run.as_ref()))
+    Ok(worded(other, as_is.makespan_ms))
 }
 
 /// Devices of `MODEL:COUNT[:MEMORY]`, with the models that any worker has.
@@ -105,8 +104,7 @@ fn extra(scheduler: &Scheduler, wanted: &str) -> Result<Vec<Extra>, ApiError> {
     Ok(extras)
 }
 
-fn worded(plan: Plan, as_is: Option<u64>, run: Option<&NewRun>) -> PlanAnswer {
-    let summary = |index: usize| run.and_then(|run| run.specs.get(index)).map(ShardSpec::summary).unwrap_or_default();
+fn worded(plan: Plan, as_is: Option<u64>) -> PlanAnswer {
     let shards = plan.shards.into_iter().enumerate().map(|(index, shard)| {
         let chosen = shard.reasons.iter().find(|rated| matches!(rated.reason, Reason::Chosen { .. }));
         let others = shard.reasons.iter().filter(|rated| !matches!(rated.reason, Reason::Chosen { .. })).take(3);
@@ -128,7 +126,7 @@ fn worded(plan: Plan, as_is: Option<u64>, run: Option<&NewRun>) -> PlanAnswer {
         });
         PlanShard {
             index: u32::try_from(index).unwrap_or(u32::MAX),
-            summary: summary(index),
+            summary: shard.summary,
             seats: seats.collect(),
             basis: shard.basis.map(|basis| basis.to_string()),
             why,

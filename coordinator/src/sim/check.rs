@@ -6,11 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use protocol::control::{SeatSettled, ToWorker};
 use protocol::ids::{AttemptId, Role, RunId, ShardId, WorkerId};
 
+use super::trainings::Trainings;
 use crate::scheduler::invariants::Broken;
 use crate::scheduler::{Effect, Event, Record, State};
 
 /// Names of the checks of this module and of its siblings, with what they mean.
-pub const CHECKS: [(&str, &str); 13] = [
+pub const CHECKS: [(&str, &str); 15] = [
     ("one_commit_a_shard", "the journal has at most one commit of a shard, of an attempt that is open (invariant 2)"),
     ("only_its_worker_completes_a_seat", "a seat completes only if the worker that it was placed on said so (2)"),
     (
@@ -22,6 +23,8 @@ pub const CHECKS: [(&str, &str); 13] = [
     ("a_record_reads_as_written", "a record's text reads as the record (5)"),
     ("the_journal_replays", "the durable records follow on each other (5)"),
     ("no_effect_before_its_event", "what leaves is in the journal already (6)"),
+    ("every_sample_counts_once", "the ranges of a training's committed shards cover its samples, none twice (2)"),
+    ("inputs_exist", "what a seat is to use was made by a seat whose outcome is in the journal (8)"),
     ("a_refused_input_changes_nothing", "a rejection decides no event"),
     ("same_inputs_give_the_same_events", "a second scheduler with the same inputs writes the same journal (9)"),
     ("a_seed_repeats", "the same seed gives the same history"),
@@ -62,6 +65,7 @@ pub struct Ledger {
     ended: BTreeSet<AttemptId>,
     committed: BTreeMap<ShardId, AttemptId>,
     accepted: BTreeSet<RunId>,
+    trainings: Trainings,
     told: Told,
 }
 
@@ -81,6 +85,7 @@ impl Ledger {
     /// # Errors
     /// If it must not be there.
     pub fn durable(&mut self, record: &Record) -> Result<(), Violation> {
+        self.trainings.durable(&record.event)?;
         match &record.event {
             Event::RunAccepted(accepted) => drop(self.accepted.insert(accepted.run)),
             Event::AttemptPlaced(placed) => {
@@ -123,6 +128,9 @@ impl Ledger {
     /// # Errors
     /// If what it tells is not durable.
     pub fn leaves(&mut self, effect: &Effect) -> Result<(), Violation> {
+        if let Effect::Send { message: ToWorker::StartSeat(start), .. } = effect {
+            self.trainings.starts(start)?;
+        }
         let known = match effect {
             Effect::Send { message: ToWorker::StartSeat(start), .. } => self.placed.contains_key(&start.attempt),
             Effect::Send { message: ToWorker::SeatSettled(SeatSettled { attempt, role, counted: true }), .. } => {

@@ -3,9 +3,14 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use protocol::control::{Failure, FailureKind, Heartbeat, HeldSeat, Hello, Output, SeatFailed, SeatFinished, Usage};
+use protocol::experiment::projector::{
+    Corpus, CorpusText, Couriers, DELTA, FuserRecipe, LayerMap, Loss, Method, PROJECTOR, Pairs, Precision,
+    ProjectorRef, Regime, RidgeRecipe, SHUFFLED, STATISTICS, Schedule, Stage, TrainSpec,
+};
 use protocol::experiment::{
     CommandSpec, Condition, InspectSpec, LayerSelection, NoOpSpec, ShardSpec, Spread, TransferSpec,
 };
+use protocol::group::Group;
 use protocol::hardware::{ComputeCapability, Device, DeviceKind, Telemetry};
 use protocol::ids::{ArtifactHash, AttemptId, DeviceId, Role, WorkerId};
 use protocol::time::UnixMillis;
@@ -124,6 +129,17 @@ pub fn failed(attempt: AttemptId, role: Role, kind: FailureKind) -> SeatFailed {
 
 /// A run to submit.
 pub fn new_run(plan: &RunPlan) -> NewRun {
+    // Each training waits for the one before; the rest waits for all of them, or for none.
+    let mut groups: Vec<Group> = Vec::new();
+    for (number, training) in (0u32..).zip(&plan.trainings) {
+        let after = number.checked_sub(1).into_iter().collect();
+        groups.push(Group { after, trainings: vec![training.clone()], ..Group::default() });
+    }
+    if let Some(last) = u32::try_from(groups.len()).ok().and_then(|groups| groups.checked_sub(1)) {
+        let after = if plan.after_trainings { vec![last] } else { Vec::new() };
+        let count = u32::try_from(plan.specs.len()).unwrap_or(u32::MAX);
+        groups.push(Group { count, after, ..Group::default() });
+    }
     NewRun {
         name: "simulated".to_owned(),
         priority: plan.priority,
@@ -132,7 +148,7 @@ pub fn new_run(plan: &RunPlan) -> NewRun {
         running_max: plan.running_max,
         file: "simulated.toml".to_owned(),
         text: String::new(),
-        groups: Vec::new(),
+        groups,
         specs: plan.specs.clone(),
     }
 }
@@ -180,4 +196,72 @@ pub fn transfer(model: &str, spread: Spread, seed: u64) -> ShardSpec {
         spread,
         seed,
     })
+}
+
+/// What a seat of a training makes beside its result.
+pub fn made(spec: &ShardSpec, attempt: AttemptId, role: Role) -> Vec<Output> {
+    let ShardSpec::ProjectorTrain(spec) = spec else { return Vec::new() };
+    let names: &[&str] = match (&spec.stage, role) {
+        (Stage::Statistics(_), Role::Target) => &[STATISTICS],
+        (Stage::Steps { .. }, Role::Target) => &[DELTA],
+        (Stage::Solve { .. }, _) => &[PROJECTOR, SHUFFLED],
+        (Stage::Outer { .. }, _) => &[PROJECTOR],
+        _ => &[],
+    };
+    let output = |name: &&str| Output {
+        name: (*name).to_owned(),
+        hash: ArtifactHash::of(format!("{attempt} {name}").as_bytes()),
+        bytes: 1000,
+    };
+    names.iter().map(output).collect()
+}
+
+/// A small training: `shards` of statistics, or replicas.
+pub fn training(method: Method, samples: u32, shards: u32) -> TrainSpec {
+    let couriers = Couriers { values: 8, names: 16, wordings: 1, pairs_percent: 0 };
+    TrainSpec {
+        source: SMALL_MODEL.to_owned(),
+        target: LARGE_MODEL.to_owned(),
+        corpus: Corpus { text: CorpusText::Couriers(couriers), samples },
+        layers: LayerMap::Proportional(3),
+        method,
+        stage: Stage::Whole { shards },
+        spread: Spread::Any,
+        seed: 1,
+    }
+}
+
+/// In closed form.
+pub fn ridge() -> Method {
+    Method::Ridge(RidgeRecipe { lambdas: vec![100.0], held_out_percent: 20 })
+}
+
+/// By steps; width 0 is left to the scheduler.
+pub fn fuser(hidden: u32, base: Option<ProjectorRef>) -> Method {
+    Method::Fuser(Box::new(FuserRecipe {
+        regime: Regime::Unaware,
+        hidden,
+        depth: 3,
+        base,
+        pairs: Pairs::Matched,
+        loss: Loss::NextToken,
+        epochs: 1,
+        batch: 4,
+        micro_batch: 2,
+        learning_rate: 1e-3,
+        warmup: 0.1,
+        schedule: Schedule::Linear,
+        weight_decay: 0.01,
+        clip: 1.0,
+        dropout: 0.0,
+        gate_start: 1.0,
+        temperature_end: 0.05,
+        precision: Precision::F32,
+        checkpointing: false,
+        local_steps: 16,
+        shares: protocol::experiment::projector::Shares::Speed,
+        quantise: true,
+        outer: None,
+        validate: 8,
+    }))
 }

@@ -26,6 +26,7 @@ pub mod sabotage;
 pub mod scale;
 pub mod scenario;
 mod trace;
+mod trainings;
 mod trouble;
 pub mod truth;
 mod turns;

@@ -14,6 +14,8 @@ pub enum Stream {
     Work,
     /// The journal's disk.
     Disk,
+    /// Trainings of runs.
+    Trainings,
 }
 
 /// A deterministic source of numbers.

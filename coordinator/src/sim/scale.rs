@@ -184,7 +184,15 @@ impl<'a> Plant<'a> {
             let count = left.min(SHARDS_PER_RUN_MAX);
             self.submitted += count as u64;
             let specs = (0u32..).take(count).map(make::no_op).collect();
-            let plan = RunPlan { at_ms: 0, priority: 0, account: String::new(), running_max: 0, specs };
+            let plan = RunPlan {
+                at_ms: 0,
+                priority: 0,
+                account: String::new(),
+                running_max: 0,
+                specs,
+                trainings: Vec::new(),
+                after_trainings: false,
+            };
             self.timed(Input::Submit(make::new_run(&plan)));
             self.settle();
         }

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use protocol::control::Terms;
+use protocol::experiment::projector::{ProjectorRef, TrainSpec};
 use protocol::experiment::{ShardSpec, Spread};
 use protocol::hardware::{DeviceKind, Speed};
 use protocol::ids::DeviceId;
@@ -109,6 +110,10 @@ pub struct RunPlan {
     pub running_max: u32,
     /// Its shards.
     pub specs: Vec<ShardSpec>,
+    /// Its trainings, one after another.
+    pub trainings: Vec<TrainSpec>,
+    /// The shards wait for the trainings.
+    pub after_trainings: bool,
 }
 
 /// How wires behave.
@@ -136,7 +141,7 @@ impl Scenario {
             (0..rng.between(2, if crowded { 3 } else { 6 }) as usize).map(|index| draw_box(rng, index, crowded));
         let boxes: Vec<_> = boxes.collect();
         let truth = draw_truth(rng, if crowded { 4 } else { 1 });
-        let runs = draw_runs(rng, safety_ms);
+        let mut runs = draw_runs(rng, safety_ms);
         let wire = WirePlan {
             latency_ms: *rng.pick(&[(0, 1), (1, 5), (5, 60), (1, 900)]),
             idle_ms: lease_ttl_ms * 2 / 3,
@@ -145,6 +150,7 @@ impl Scenario {
         };
         let disk_ms = *rng.pick(&[(0, 0), (1, 8), (1, 40), (5, 1500)]);
         let settings = make::settings(lease_ttl_ms, rng.between(2, 5) as u32, draw_policy(rng));
+        draw_trainings(&mut Rng::new(seed, Stream::Trainings), &mut runs);
         let rng = &mut Rng::new(seed, Stream::Faults);
         let faults = fault::draw(rng, &boxes, safety_ms, lease_ttl_ms);
         let orders = fault::draw_orders(rng, boxes.len(), runs.len(), safety_ms);
@@ -219,6 +225,10 @@ impl fmt::Display for Scenario {
             let mut kinds = BTreeMap::<String, usize>::new();
             for spec in &run.specs {
                 *kinds.entry(format!("{} {:?}", spec.work_class(), spec.spread())).or_default() += 1;
+            }
+            for training in &run.trainings {
+                let spec = ShardSpec::ProjectorTrain(Box::new(training.clone()));
+                *kinds.entry(format!("{} {:?}", spec.summary(), spec.spread())).or_default() += 1;
             }
             writeln!(
                 f,
@@ -337,5 +347,28 @@ fn draw_run(rng: &mut Rng, safety_ms: u64) -> RunPlan {
         account: (*rng.pick(&["", "ann", "bob"])).to_owned(),
         running_max: *rng.pick(&[0, 0, 0, 3]),
         specs,
+        trainings: Vec::new(),
+        after_trainings: false,
+    }
+}
+
+/// Trainings of a third of the runs, drawn apart so that the rest of a seed stays what it was: ridge, a fuser that refines it,
+/// or one from nothing.
+fn draw_trainings(rng: &mut Rng, runs: &mut [RunPlan]) {
+    for run in runs {
+        if !rng.chance(350) {
+            continue;
+        }
+        run.after_trainings = rng.chance(500);
+        let samples = rng.between(1, 200) as u32;
+        let base = rng.chance(600).then(|| make::training(make::ridge(), samples, rng.between(1, 4) as u32));
+        let width = *rng.pick(&[0, 64]);
+        let refined = base.as_ref().map(|_| ProjectorRef::Trained(0));
+        let fuser = make::training(make::fuser(width, refined), samples, rng.between(1, 4) as u32);
+        let fuser = (base.is_none() || rng.chance(700)).then_some(fuser);
+        run.trainings = base.into_iter().chain(fuser).collect();
+        for training in &mut run.trainings {
+            training.spread = *rng.pick(&[Spread::Any, Spread::Any, Spread::Devices, Spread::Workers]);
+        }
     }
 }

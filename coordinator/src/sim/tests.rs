@@ -49,7 +49,16 @@ fn kept_seeds_hold() {
 fn fresh_seeds_hold_and_reach_the_corners() {
     let tally = all_hold(1..=FRESH_SEEDS);
     let least = FRESH_SEEDS / 50;
-    for kind in ["ShardCommitted", "AttemptFailed", "AttemptResumed", "SeatFreed", "ShardFailed", "ShardReopened"] {
+    for kind in [
+        "ShardCommitted",
+        "AttemptFailed",
+        "AttemptResumed",
+        "SeatFreed",
+        "ShardFailed",
+        "ShardReopened",
+        "RoundOpened",
+        "TrainingEnded",
+    ] {
         assert!(tally.events_of(kind) >= least, "{kind} is hardly ever reached: {tally:?}");
     }
     assert!(tally.faults.len() >= 14 && tally.faults.values().all(|count| *count >= least), "{tally:?}");
@@ -88,7 +97,15 @@ fn a_quiet_cluster_takes_the_time_that_its_work_takes() {
     };
     let boxes = vec![BoxPlan { devices: vec![cpu], models: vec![SMALL_MODEL.to_owned()], terms: Default::default() }];
     let specs = (0..4).map(|seed| make::inspect(SMALL_MODEL, seed)).collect();
-    let run = RunPlan { at_ms: 3_000, priority: 0, account: String::new(), running_max: 0, specs };
+    let run = RunPlan {
+        at_ms: 3_000,
+        priority: 0,
+        account: String::new(),
+        running_max: 0,
+        specs,
+        trainings: Vec::new(),
+        after_trainings: false,
+    };
     let truth = Truth { otherwise_ms: 10_000, ..Truth::default() };
     let mut world = World::new(Scenario::quiet(1, boxes, vec![run], truth, 3_600_000), None);
     world.play().unwrap();

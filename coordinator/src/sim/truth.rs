@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use protocol::experiment::ShardSpec;
+use protocol::ids::Role;
 
 /// The table of truths.
 #[derive(Debug, Clone, Default)]
@@ -24,10 +25,10 @@ impl Truth {
     }
 
     /// What a seat of `spec` takes of its device's memory, bytes.
-    pub fn peak_bytes(&self, spec: &ShardSpec) -> u64 {
+    pub fn peak_bytes(&self, spec: &ShardSpec, role: Role) -> u64 {
         match spec {
             ShardSpec::Command(command) => command.memory_bytes,
-            _ => spec.models().iter().filter_map(|model| self.peaks_bytes.get(*model)).sum(),
+            _ => spec.models_of(role).iter().filter_map(|model| self.peaks_bytes.get(*model)).sum(),
         }
     }
 }

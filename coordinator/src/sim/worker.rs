@@ -218,7 +218,8 @@ impl VirtualWorker {
                 match fails {
                     Some(kind) => return self.fail(now_ms, key, kind),
                     None => {
-                        let finished = make::finished(key.0, key.1, waited_ms, running.peak_bytes, 0);
+                        let mut finished = make::finished(key.0, key.1, waited_ms, running.peak_bytes, 0);
+                        finished.outputs.extend(make::made(&running.start.spec, key.0, key.1));
                         seat.phase = Phase::Unpublished(finished);
                     }
                 }
@@ -297,7 +298,7 @@ impl VirtualWorker {
         while let Some((key, token, start)) = self.next_seat() {
             let device = self.plan.devices.iter().position(|device| device.id == start.device).unwrap_or(0);
             self.check_budget(device, &start)?;
-            let peak_bytes = truth.peak_bytes(&start.spec);
+            let peak_bytes = truth.peak_bytes(&start.spec, start.role);
             let fails = self.fate(now_ms, &start, device, peak_bytes);
             let model = &self.plan.devices[device].model;
             let healthy_ms = truth.duration_ms(&start.spec, model) * rng.between(90, 110) / 100;
@@ -336,7 +337,7 @@ impl VirtualWorker {
             Some(FailureKind::ExecutorLost)
         } else if matches!(start.spec, ShardSpec::Command(_)) && !self.plan.terms.commands {
             Some(FailureKind::Forbidden)
-        } else if start.spec.models().iter().any(absent) {
+        } else if start.spec.models_of(start.role).iter().any(absent) {
             Some(FailureKind::ModelMissing)
         } else if peak_bytes > self.free_bytes(now_ms, device) {
             Some(FailureKind::OutOfMemory)

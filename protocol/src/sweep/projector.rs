@@ -88,6 +88,7 @@ fn read_ridge(cell: &mut TableReader<'_>) -> Result<RidgeRecipe, SourceError> {
     if lambdas.is_empty() || lambdas.len() > 64 || lambdas.iter().any(|lambda| *lambda < 0.0) {
         return Err(cell.complain("lambdas", "expected 1 to 64 numbers, each 0 or more"));
     }
+    kept(cell, "lambdas", &lambdas)?;
     Ok(RidgeRecipe { lambdas, held_out_percent: small(cell, "held_out_percent", 5, 50, 20)? })
 }
 
@@ -150,6 +151,7 @@ fn read_outer(cell: &mut TableReader<'_>) -> Result<Option<(f64, f64)>, SourceEr
     match cell.optional::<Vec<f64>>("outer")?.as_deref() {
         None => Ok(None),
         Some([rate, momentum]) if (0.0..=10.0).contains(rate) && (0.0..1.0).contains(momentum) => {
+            kept(cell, "outer", &[*rate, *momentum])?;
             Ok(Some((*rate, *momentum)))
         }
         Some(_) => Err(cell
@@ -393,9 +395,24 @@ fn one_of<T: Copy>(
 fn real(cell: &mut TableReader<'_>, key: &'static str, min: f64, max: f64, default: f64) -> Result<f64, SourceError> {
     let number = cell.optional::<f64>(key)?.unwrap_or(default);
     if (min..=max).contains(&number) {
+        kept(cell, key, &[number])?;
         return Ok(number);
     }
     Err(cell.complain(key, format!("{number} is out of range; expected {min} to {max}")))
+}
+
+/// Numbers go through JSON into the journal and must come back as they were.
+fn kept(cell: &TableReader<'_>, key: &str, numbers: &[f64]) -> Result<(), SourceError> {
+    let comes_back = |number: &f64| {
+        let text = serde_json::to_string(number).unwrap_or_default();
+        serde_json::from_str::<f64>(&text).is_ok_and(|back| back.to_bits() == number.to_bits())
+    };
+    match numbers.iter().find(|number| !comes_back(number)) {
+        None => Ok(()),
+        Some(number) => {
+            Err(cell.complain(key, format!("{number} has more digits than are kept")).hint("15 are, which is enough"))
+        }
+    }
 }
 
 enum CorpusWord {

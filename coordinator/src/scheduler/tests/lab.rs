@@ -9,10 +9,7 @@ use protocol::control::{
     Failure, FailureKind, Heartbeat, HeldSeat, Hello, Output, SeatFailed, SeatFinished, SeatProgress, SeatSettled,
     StartSeat, ToWorker, Usage,
 };
-use protocol::experiment::projector::{
-    Corpus, CorpusText, Couriers, DELTA, FuserRecipe, LayerMap, Loss, Method, PROJECTOR, Pairs, Precision,
-    ProjectorRef, Regime, RidgeRecipe, SHUFFLED, STATISTICS, Schedule, Stage, TrainSpec,
-};
+use protocol::experiment::projector::TrainSpec;
 use protocol::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
 use protocol::group::Group;
 use protocol::hardware::{Device, DeviceKind, Telemetry};
@@ -22,6 +19,7 @@ use protocol::time::UnixMillis;
 use crate::scheduler::input::Connected;
 use crate::scheduler::state::State;
 use crate::scheduler::{Answer, Effect, Event, Input, NewRun, Record, Rejection, Scheduler, ShardState};
+pub(super) use crate::sim::make::{fuser, made, ridge, training};
 
 pub(super) const SMOL: &str = "smollm2-135m-instruct";
 pub(super) const GEMMA: &str = "gemma-3-270m";
@@ -323,72 +321,6 @@ pub(super) fn finished(attempt: AttemptId, role: Role) -> SeatFinished {
         models: vec![(SMOL.to_owned(), "sha256:00".to_owned())],
         build: "test".to_owned(),
     }
-}
-
-/// What a seat of a training makes beside its result.
-pub(super) fn made(spec: &ShardSpec, attempt: AttemptId, role: Role) -> Vec<Output> {
-    let ShardSpec::ProjectorTrain(spec) = spec else { return Vec::new() };
-    let names: &[&str] = match (&spec.stage, role) {
-        (Stage::Statistics(_), Role::Target) => &[STATISTICS],
-        (Stage::Steps { .. }, Role::Target) => &[DELTA],
-        (Stage::Solve { .. }, _) => &[PROJECTOR, SHUFFLED],
-        (Stage::Outer { .. }, _) => &[PROJECTOR],
-        _ => &[],
-    };
-    let output = |name: &&str| Output {
-        name: (*name).to_owned(),
-        hash: ArtifactHash::of(format!("{attempt} {name}").as_bytes()),
-        bytes: 1000,
-    };
-    names.iter().map(output).collect()
-}
-
-/// A small training.
-pub(super) fn training(method: Method, samples: u32, shards: u32) -> TrainSpec {
-    let couriers = Couriers { values: 8, names: 16, wordings: 1, pairs_percent: 0 };
-    TrainSpec {
-        source: SMOL.to_owned(),
-        target: GEMMA.to_owned(),
-        corpus: Corpus { text: CorpusText::Couriers(couriers), samples },
-        layers: LayerMap::Proportional(3),
-        method,
-        stage: Stage::Whole { shards },
-        spread: Spread::Any,
-        seed: 1,
-    }
-}
-
-pub(super) fn ridge() -> Method {
-    Method::Ridge(RidgeRecipe { lambdas: vec![100.0], held_out_percent: 20 })
-}
-
-pub(super) fn fuser(hidden: u32, base: Option<ProjectorRef>) -> Method {
-    Method::Fuser(Box::new(FuserRecipe {
-        regime: Regime::Unaware,
-        hidden,
-        depth: 3,
-        base,
-        pairs: Pairs::Matched,
-        loss: Loss::NextToken,
-        epochs: 1,
-        batch: 4,
-        micro_batch: 2,
-        learning_rate: 1e-3,
-        warmup: 0.1,
-        schedule: Schedule::Linear,
-        weight_decay: 0.01,
-        clip: 1.0,
-        dropout: 0.0,
-        gate_start: 1.0,
-        temperature_end: 0.05,
-        precision: Precision::F32,
-        checkpointing: false,
-        local_steps: 16,
-        shares: protocol::experiment::projector::Shares::Speed,
-        quantise: true,
-        outer: None,
-        validate: 8,
-    }))
 }
 
 /// A run of trainings, each an experiment of its own that waits for the one before.

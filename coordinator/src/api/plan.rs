@@ -26,6 +26,9 @@ pub struct PlanRequest {
 pub struct PlanAnswer {
     /// The sweep's shards.
     pub shards: Vec<PlanShard>,
+    /// Its fusers.
+    #[serde(default)]
+    pub fusers: Vec<PlanFuser>,
     /// From now to the last end, milliseconds; none if something would never end.
     pub makespan_ms: Option<u64>,
     /// The same in one and in nine of ten forecasts.
@@ -38,6 +41,34 @@ pub struct PlanAnswer {
     pub price_usd: f64,
     /// Electricity, kilowatt-hours.
     pub energy_kwh: f64,
+}
+
+/// A fuser of a plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanFuser {
+    /// Its experiment's name; empty if it has none.
+    pub experiment: String,
+    /// From which model into which.
+    pub pair: String,
+    /// Width that it would have.
+    pub hidden: u32,
+    /// What it and others would cost, widest first.
+    pub widths: Vec<PlanWidth>,
+}
+
+/// What a fuser of some width would cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanWidth {
+    /// The width.
+    pub hidden: u32,
+    /// Trained numbers.
+    pub parameters: u64,
+    /// What a replica sends after its local steps, bytes.
+    pub delta_bytes: u64,
+    /// What the target's seat takes, bytes.
+    pub memory_bytes: u64,
+    /// It fits on the devices that are there.
+    pub fits: bool,
 }
 
 /// A shard of a plan.

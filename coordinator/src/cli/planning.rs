@@ -14,7 +14,7 @@ use super::failure::Failure;
 use super::output::Document;
 use super::table::{Style, Table, Tone};
 use super::text::{bytes, duration_ms};
-use crate::api::plan::{PlanAnswer, PlanRequest, PlanShard, ThroughputRow};
+use crate::api::plan::{PlanAnswer, PlanFuser, PlanRequest, PlanShard, ThroughputRow};
 use crate::api::route;
 use crate::forecast::formats::{self, FormatError};
 use crate::forecast::replay::{Knowledge, Outcome as Replayed, Scenario};
@@ -118,6 +118,7 @@ fn plan_text(answer: &PlanAnswer, usd_per_kwh: f64, style: Style) -> String {
             let _ = writeln!(text, "and {} more (--json has all)", answer.shards.len() - SHARDS_SHOWN_MAX);
         }
     }
+    answer.fusers.iter().for_each(|fuser| text += &fuser_text(fuser, style));
     text += &nowhere(&answer.shards);
     let never = answer.shards.iter().filter(|shard| shard.seats.is_empty()).count();
     match answer.makespan_ms {
@@ -146,6 +147,28 @@ fn plan_text(answer: &PlanAnswer, usd_per_kwh: f64, style: Style) -> String {
         "not covered: fetching models, results' way to the store, faults and what others submit meanwhile"
     );
     text
+}
+
+/// Which width a fuser would have, and what others would cost: a line each.
+fn fuser_text(fuser: &PlanFuser, style: Style) -> String {
+    let mut table = Table::new(style, &[">width", ">parameters", ">sent a round", ">memory", ""]);
+    for width in &fuser.widths {
+        let note = match (width.hidden == fuser.hidden, width.fits) {
+            (true, true) => "taken",
+            (true, false) => "taken, fits nowhere now",
+            (false, true) => "",
+            (false, false) => "fits nowhere now",
+        };
+        table.row([
+            (width.hidden.to_string(), None),
+            (format!("{:.1} M", width.parameters as f64 / 1e6), None),
+            (bytes(width.delta_bytes), None),
+            (bytes(width.memory_bytes), None),
+            (note.to_owned(), None),
+        ]);
+    }
+    let name = if fuser.experiment.is_empty() { String::new() } else { format!(" `{}`", fuser.experiment) };
+    format!("fuser{name} {}: width {}\n{}", fuser.pair, fuser.hidden, table.render())
 }
 
 /// Why shards would not start, each reason once.

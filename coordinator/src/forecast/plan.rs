@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use protocol::control::StartSeat;
+use protocol::experiment::projector::Method;
 use protocol::hardware::{Device, DeviceKind};
 use protocol::ids::{DeviceId, DeviceRef, Role, RunId, ShardId, WorkerId};
 use protocol::time::UnixMillis;
@@ -12,7 +13,11 @@ use super::replay::{Noise, introduce};
 use crate::scheduler::live::Live;
 use crate::scheduler::reason::Rated;
 use crate::scheduler::request::seat_class;
+use crate::scheduler::rounds::{self, Width};
+use crate::scheduler::state::Run;
 use crate::scheduler::throughput::{Basis, Estimate, Prior, Table};
+use crate::scheduler::training::Training;
+use crate::scheduler::view::View;
 use crate::scheduler::{Answer, Input, NewRun, Scheduler};
 
 /// Most forecasts drawn for the spread of a plan's time: enough for the tenths at either end.
@@ -31,6 +36,8 @@ const CPU_WATTS: f64 = 90.0;
 pub struct Plan {
     /// Its shards, by index.
     pub shards: Vec<PlannedShard>,
+    /// Its fusers.
+    pub fusers: Vec<PlannedFuser>,
     /// From now to its last end, milliseconds, if everything takes as long as expected; `None` if not all of it would end.
     pub makespan_ms: Option<u64>,
     /// The same in a tenth and in nine tenths of the forecasts.
@@ -56,6 +63,19 @@ pub struct PlannedShard {
     pub reasons: Vec<Rated>,
     /// In one sentence, where it would not start.
     pub sentence: String,
+}
+
+/// A fuser that would be trained.
+#[derive(Debug, Clone)]
+pub struct PlannedFuser {
+    /// Its experiment's name.
+    pub experiment: String,
+    /// From which model into which.
+    pub pair: String,
+    /// Width that it would have.
+    pub hidden: u32,
+    /// What it and others would cost, widest first.
+    pub widths: Vec<Width>,
 }
 
 /// A seat of a plan.
@@ -162,6 +182,7 @@ fn forecast(scheduler: &Scheduler, run: Option<&NewRun>, seed: u64) -> (Plan, Op
         0 => gather(&engine, scheduler, id, start),
         _ => Plan {
             shards: Vec::new(),
+            fusers: Vec::new(),
             makespan_ms: None,
             makespan_spread_ms: None,
             device_ms: 0,
@@ -225,7 +246,23 @@ fn gather(engine: &Engine<'_>, before: &Scheduler, id: Option<RunId>, start: Uni
         let summary = state.shard(shard).map(|shard| shard.spec.summary()).unwrap_or_default();
         shards.push(PlannedShard { summary, seats, basis, reasons, sentence });
     }
-    Plan { shards, makespan_ms: None, makespan_spread_ms: None, device_ms, price_usd, energy_kwh }
+    let fusers = id.and_then(|id| state.runs.get(&id)).map(|run| fusers(before, run)).unwrap_or_default();
+    Plan { shards, fusers, makespan_ms: None, makespan_spread_ms: None, device_ms, price_usd, energy_kwh }
+}
+
+fn fusers(before: &Scheduler, run: &Run) -> Vec<PlannedFuser> {
+    let view = View { state: before.state(), live: before.live(), now: before.now() };
+    let fuser = |training: &Training| {
+        let Method::Fuser(recipe) = &training.spec.method else { return None };
+        let group = run.groups.get(training.group as usize)?;
+        Some(PlannedFuser {
+            experiment: group.name.clone(),
+            pair: format!("{} -> {}", training.spec.source, training.spec.target),
+            hidden: recipe.hidden,
+            widths: rounds::widths(view, &training.spec, &group.require),
+        })
+    };
+    run.trainings.iter().filter_map(fuser).collect()
 }
 
 fn watts(body: Option<&Device>) -> f64 {

@@ -8,12 +8,13 @@ use protocol::ids::{DeviceId, DeviceRef, WorkerId};
 use protocol::sweep::Sweep;
 
 use super::routes::{Answer, Body, Parts, new_run, parse, read};
-use crate::api::plan::{PlanAnswer, PlanRequest, PlanSeat, PlanShard, ThroughputRow};
+use crate::api::plan::{PlanAnswer, PlanFuser, PlanRequest, PlanSeat, PlanShard, PlanWidth, ThroughputRow};
 use crate::api::{ApiError, ErrorCode, SubmitRequest};
 use crate::forecast::formats;
-use crate::forecast::plan::{Extra, Plan, plan, what_if};
+use crate::forecast::plan::{Extra, Plan, PlannedFuser, plan, what_if};
+use crate::scheduler::Scheduler;
 use crate::scheduler::reason::Reason;
-use crate::scheduler::{NewRun, Scheduler};
+use crate::scheduler::rounds::Width;
 
 pub(super) async fn plan_route(State(parts): Parts, body: Body) -> Answer<PlanAnswer> {
     let request: PlanRequest = read(body)?;
@@ -132,7 +133,21 @@ fn worded(plan: Plan, as_is: Option<u64>) -> PlanAnswer {
             why,
         }
     });
+    let width = |width: Width| PlanWidth {
+        hidden: width.hidden,
+        parameters: width.parameters,
+        delta_bytes: width.delta_bytes,
+        memory_bytes: width.memory_bytes,
+        fits: width.fits,
+    };
+    let fuser = |fuser: PlannedFuser| PlanFuser {
+        experiment: fuser.experiment,
+        pair: fuser.pair,
+        hidden: fuser.hidden,
+        widths: fuser.widths.into_iter().map(width).collect(),
+    };
     PlanAnswer {
+        fusers: plan.fusers.into_iter().map(fuser).collect(),
         shards: shards.collect(),
         makespan_ms: plan.makespan_ms,
         makespan_spread_ms: plan.makespan_spread_ms,

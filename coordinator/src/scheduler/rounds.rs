@@ -13,6 +13,7 @@ use protocol::group::Require;
 use protocol::hardware::DeviceKind;
 use protocol::ids::{Role, RunId};
 
+use super::estimate::projector::fuser;
 use super::event::Event;
 use super::machine::Scheduler;
 use super::placement::Round;
@@ -29,6 +30,9 @@ const WIDTH_UNKNOWN: u32 = 256;
 const WIDTH_ON_PROCESSORS_MAX: u32 = 128;
 /// Most local steps between two outer steps.
 const LOCAL_STEPS_MAX: u64 = 256;
+
+/// A replica's part of the first round, for asking what one would need.
+const FIRST_STEP: Stage = Stage::Steps { round: 0, replica: 0, samples: Samples { first: 0, count: 1 }, start: None };
 
 /// What a training does next.
 enum Next {
@@ -105,7 +109,7 @@ fn steps(view: View<'_>, training: &Training, recipe: &FuserRecipe, require: Req
         let stage = Stage::Steps { round, replica, samples, start: start.clone() };
         spec.at(stage)
     };
-    let request = request(view.state, &at(0, Samples { first: 0, count: 1 }), require);
+    let request = request(view.state, &spec.at(FIRST_STEP), require);
     let times = unit_times(view, &request, shards as usize);
     let steps = match recipe.shares {
         Shares::Speed => local_steps(&times, recipe.local_steps),
@@ -177,6 +181,50 @@ fn shares(steps: &[u64], batch: u32, left: u64) -> Vec<u64> {
     steps.iter().map(share).filter(|share| *share > 0).collect()
 }
 
+/// What a fuser of some width would cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Width {
+    /// The width.
+    pub hidden: u32,
+    /// Trained numbers.
+    pub parameters: u64,
+    /// What a replica sends after its local steps, bytes.
+    pub delta_bytes: u64,
+    /// What the target's seat takes, bytes.
+    pub memory_bytes: u64,
+    /// A replica has its place on the devices that are there, if nothing of ours ran.
+    pub fits: bool,
+}
+
+/// The widths that a fuser could have, its own among them, widest first; none for a ridge projector or models of unknown sizes.
+pub fn widths(view: View<'_>, spec: &TrainSpec, require: &Require) -> Vec<Width> {
+    let Method::Fuser(recipe) = &spec.method else { return Vec::new() };
+    let (Some(source), Some(target)) = (view.state.shape(&spec.source), view.state.shape(&spec.target)) else {
+        return Vec::new();
+    };
+    let cost = |hidden: u32| {
+        let spec = with_width(spec, hidden).at(FIRST_STEP);
+        let kind = fuser(&FuserRecipe { hidden, ..(**recipe).clone() });
+        let parameters = kind.parameters(source, target);
+        // int8 in blocks of 256, each with an f32 scale.
+        let quantised = parameters.saturating_add(parameters / 256 * 4);
+        let request = request(view.state, &spec, require.clone());
+        let seat = request.seats.iter().find(|seat| seat.role == Role::Target);
+        Width {
+            hidden,
+            parameters,
+            delta_bytes: if recipe.quantise { quantised } else { parameters.saturating_mul(4) },
+            memory_bytes: seat.map_or(0, |seat| view.need_bytes(&request, seat)),
+            fits: Round::could_place(view, &request, World::Idle),
+        }
+    };
+    let mut all = WIDTHS.to_vec();
+    all.extend((recipe.hidden > 0).then_some(recipe.hidden));
+    all.sort_unstable_by(|a, b| b.cmp(a));
+    all.dedup();
+    all.into_iter().map(cost).collect()
+}
+
 /// The widest fuser of which one replica fits on the devices that are there, if nothing of ours ran.
 fn width(view: View<'_>, spec: &TrainSpec, require: &Require) -> u32 {
     let mut present = view.live.board.rows().filter(|(_, row)| view.in_service(row)).peekable();
@@ -185,9 +233,8 @@ fn width(view: View<'_>, spec: &TrainSpec, require: &Require) -> u32 {
     }
     let processors = present.all(|(_, row)| row.body.kind == DeviceKind::Cpu);
     let most = if processors { WIDTH_ON_PROCESSORS_MAX } else { u32::MAX };
-    let stage = Stage::Steps { round: 0, replica: 0, samples: Samples { first: 0, count: 1 }, start: None };
     let fits = |width: &u32| {
-        let request = request(view.state, &with_width(spec, *width).at(stage.clone()), require.clone());
+        let request = request(view.state, &with_width(spec, *width).at(FIRST_STEP), require.clone());
         Round::could_place(view, &request, World::Idle)
     };
     let narrowest = WIDTHS[WIDTHS.len() - 1];

@@ -273,3 +273,25 @@ fn nothing_follows_a_cancelled_training() {
     assert!(!lab.finish(worker, attempt, Role::Target));
     assert_eq!((lab.state().runs[&run].shards.len(), lab.state().runs[&run].state), (1, RunState::Cancelled));
 }
+
+#[test]
+fn a_plan_goes_through_every_round_and_says_what_widths_cost() {
+    let mut lab = Lab::new();
+    lab.online();
+    let trainings = vec![training(ridge(), 50, 2), training(fuser(0, Some(ProjectorRef::Trained(0))), 200, 2)];
+    let plan = crate::forecast::plan::plan(&lab.scheduler, Some(&new_trainings(trainings)));
+    assert!(plan.makespan_ms.is_some());
+    // Two of statistics, a solution, four rounds of one replica and an outer step each.
+    assert_eq!(plan.shards.len(), 11);
+    assert!(plan.shards[10].summary.ends_with("round 3 outer step of 1"), "{}", plan.shards[10].summary);
+    let fuser = &plan.fusers[0];
+    assert_eq!(
+        (fuser.hidden, fuser.widths.iter().map(|width| width.hidden).collect::<Vec<_>>()),
+        (128, vec![1024, 512, 256, 128, 64])
+    );
+    assert!(fuser.widths.windows(2).all(|pair| pair[0].memory_bytes > pair[1].memory_bytes));
+    // 18 layers, keys and values, from 192 and into 256 numbers.
+    let h = 128;
+    let each = (192 + 256 + 1) * h + 2 * (h + 2 * h * h) + (h + 2 * h * h) + (h + 1) + (h + 1) * 256 + 1;
+    assert_eq!(fuser.widths[3].parameters, 2 * 18 * each);
+}

@@ -16,6 +16,7 @@ pub mod operate;
 pub mod output;
 pub mod planning;
 pub mod progress;
+mod projectors;
 pub mod research;
 pub mod results;
 pub mod serve;

@@ -15,11 +15,13 @@ use super::context::{Context, Outcome};
 use super::exit;
 use super::failure::Failure;
 use super::output::Document;
+use super::projectors::{evaluation_text, training_text};
 use super::table::{Style, Table, Tone};
 use super::text::bytes;
 use crate::api::{ClusterInfo, RunDetail, RunResults, RunSummary, route};
 use crate::report::stats::Proportion;
 use crate::report::summary::{ConditionRow, Inspection, Summary, Transfer};
+use crate::report::tensorboard::event_files;
 use crate::report::{ReportInput, exponent, figure, render};
 
 /// `results`.
@@ -61,6 +63,10 @@ pub async fn write_report(client: &Client, run: protocol::ids::RunId) -> Result<
     let page = render(&ReportInput { results: &results, run: &detail, cluster: &cluster })?;
     let store = Store::open(cluster.store_path.as_ref(), None)?;
     let path = store.write_report(run, "report.html", page.as_bytes())?;
+    let events = event_files(&results, &detail);
+    if !events.is_empty() {
+        store.write_report_folder(run, "tensorboard", &events)?;
+    }
     Ok((path, results))
 }
 
@@ -89,6 +95,13 @@ pub fn overview(summary: &Summary, style: Style) -> String {
             text.push('\n');
         }
         text.push_str(&transfer_text(transfer, style));
+    }
+    let trainings = summary.trainings.iter().map(|training| training_text(training, style));
+    for more in trainings.chain(summary.evaluations.iter().map(|evaluation| evaluation_text(evaluation, style))) {
+        if !text.is_empty() {
+            text.push('\n');
+        }
+        text.push_str(&more);
     }
     text
 }

@@ -1,10 +1,12 @@
 //! Results that look like real ones, for tests, with host names and texts that would rather be markup.
 
+use protocol::experiment::projector::{EvalSpec, Projected, ProjectorRef, Samples, Stage, Tier, TrainSpec};
 use protocol::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
 use protocol::ids::{ArtifactHash, DeviceId, DeviceRef, Role, RunId, ShardId, WorkerId};
 use protocol::results::{
-    EffectiveRank, InspectResult, LayerProfile, ModelFacts, ShardResult, TensorStats, TransferItem, TransferResult,
-    TransferSourceResult,
+    EffectiveRank, EvalItem, EvalResult, InspectResult, LayerFit, LayerGate, LayerProfile, ModelFacts, RidgeResult,
+    RoundResult, ShardResult, StatisticsResult, StepRow, StepsResult, TensorStats, TransferItem, TransferResult,
+    TransferSourceResult, Validation,
 };
 use protocol::time::UnixMillis;
 
@@ -12,6 +14,7 @@ use crate::api::{
     ClusterInfo, OutputRow, Progress, RunDetail, RunResults, RunState, RunSummary, SeatResult, SeatRow, ShardCounts,
     ShardResults, ShardRow, ShardState,
 };
+use crate::sim::make;
 
 pub(crate) const HOSTILE: &str = "<script>alert('x')</script>\u{1b}[31m\"&";
 const NAMES: [&str; 8] = ["Paris", "Oslo", "Rome", "Cairo", "Lima", "Delhi", "Tokyo", "Quito"];
@@ -181,6 +184,176 @@ pub(crate) fn results() -> RunResults {
         note: String::new(),
     };
     RunResults { summary, shards }
+}
+
+/// The results of two trainings, ridge and a fuser of two rounds, and of an evaluation of two tiers.
+pub(crate) fn projectors() -> RunResults {
+    let id = |index| ShardId { run: RunId(7), index };
+    let ridge = make::training(make::ridge(), 64, 1);
+    let fuser = make::training(make::fuser(64, None), 96, 2);
+    let part = |index, spec: &TrainSpec, stage, result| {
+        let spec = spec.at(stage);
+        let role = *spec.stage.roles().last().unwrap();
+        ShardResults {
+            id: id(index),
+            spec: ShardSpec::ProjectorTrain(Box::new(spec)),
+            seats: vec![seat(role, 1, result)],
+        }
+    };
+    let samples = |first, count| Samples { first, count };
+    let steps = |index, round, replica, first| {
+        let stage = Stage::Steps { round, replica, samples: samples(first, 24), start: None };
+        part(index, &fuser, stage, ShardResult::ProjectorSteps(steps(round, replica, first)))
+    };
+    let outer = |index, round| {
+        let stage = Stage::Outer { round, counted: 48 + u64::from(round) * 48, rounds: 2, start: None, deltas: vec![] };
+        part(index, &fuser, stage, ShardResult::ProjectorRound(outer(round)))
+    };
+    let mut shards = vec![
+        part(0, &ridge, Stage::Statistics(samples(0, 64)), ShardResult::ProjectorStatistics(statistics())),
+        part(1, &ridge, Stage::Solve { parts: Vec::new() }, ShardResult::ProjectorRidge(solution())),
+        steps(2, 0, 0, 0),
+        steps(3, 0, 1, 24),
+        outer(4, 0),
+        steps(5, 1, 0, 48),
+        steps(6, 1, 1, 72),
+        outer(7, 1),
+    ];
+    shards.extend([(8, Tier::Seen, 0), (9, Tier::Seen, 16), (10, Tier::Binding, 0)].map(|(index, tier, first)| {
+        let spec = evaluation(tier, first);
+        let result = ShardResult::ProjectorEval(Box::new(evaluated(&spec)));
+        let seats = vec![seat(Role::Target, 2, result)];
+        ShardResults { id: id(index), spec: ShardSpec::ProjectorEval(Box::new(spec)), seats }
+    }));
+    let committed = u32::try_from(shards.len()).unwrap();
+    let summary = RunSummary { shards: ShardCounts { committed, ..ShardCounts::default() }, ..results().summary };
+    RunResults { summary, shards }
+}
+
+fn gemma() -> ModelFacts {
+    model("gemma-3-270m", 18, 1, 256)
+}
+
+fn statistics() -> StatisticsResult {
+    StatisticsResult { target: gemma(), samples: 64, rows: 1_900, rows_held_out: 380 }
+}
+
+fn fits(level: f64) -> Vec<LayerFit> {
+    let fit = |layer: u32| LayerFit {
+        layer,
+        sources: vec![layer, layer + 1],
+        lambda_key: 100.0,
+        lambda_value: 1_000.0,
+        r2_key: level - f64::from(layer) * 0.01,
+        r2_value: level - 0.2,
+    };
+    (0..18).map(fit).collect()
+}
+
+fn solution() -> RidgeResult {
+    let (source, target) = ("sha256:aa".to_owned(), "sha256:bb".to_owned());
+    RidgeResult { source, target, rows: 1_900, parameters: 10_600_000, layers: fits(0.9) }
+}
+
+fn steps(round: u32, replica: u32, first: u64) -> StepsResult {
+    let row = |step: u64| {
+        let sample = first + 4 * (step + 1);
+        let loss = 3.0 - 0.02 * sample as f64;
+        let step = u64::from(round) * 6 + step;
+        StepRow { step, sample, loss, learning_rate: 1e-3, gradient_norm: 0.8, temperature: 0.5 }
+    };
+    let gate = |layer: u32| LayerGate { layer, key: 1.0 - f64::from(layer) * 0.1, value: 0.5 };
+    StepsResult {
+        target: gemma(),
+        round,
+        replica,
+        samples: 24,
+        steps: (0..6).map(row).collect(),
+        gates: (0..18).map(gate).collect(),
+        validation: (replica == 0).then(|| {
+            let matched = 3.0 - f64::from(round);
+            Validation { samples: 16, matched, mismatched: 3.1 }
+        }),
+        parameters: 1_000_000,
+        compute_ms: 900.0,
+        waited_ms: 100.0,
+        delta_bytes: 1_015_625,
+    }
+}
+
+fn outer(round: u32) -> RoundResult {
+    RoundResult {
+        round,
+        samples: vec![24, 24],
+        counted: 48 * u64::from(round + 1),
+        learning_rate: 1.0,
+        momentum: 0.0,
+        delta_norm: 0.4,
+        delta_bytes: 2_031_250,
+        weights: ArtifactHash::of(b"weights"),
+    }
+}
+
+fn evaluation(tier: Tier, first_fact: u32) -> EvalSpec {
+    EvalSpec {
+        source: "smollm2-135m-instruct".to_owned(),
+        target: "gemma-3-270m".to_owned(),
+        projector: ProjectorRef::Trained(0),
+        shuffled: None,
+        tier,
+        first_fact,
+        facts: 16,
+        conditions: Projected::ALL.to_vec(),
+        answer_tokens: 8,
+        spread: Spread::Any,
+        seed: 42,
+    }
+}
+
+/// On tier `seen` the projector works, on the others it guesses.
+fn evaluated(spec: &EvalSpec) -> EvalResult {
+    let item = |fact: u32, condition: Projected| {
+        let answer = NAMES[fact as usize % 8].to_owned();
+        let other = NAMES[(fact as usize + 1) % 8].to_owned();
+        let right = match condition {
+            Projected::Native | Projected::TextRelay => true,
+            Projected::Projected => spec.tier == Tier::Seen || fact.is_multiple_of(8),
+            Projected::Mismatched => false,
+            Projected::NoContext | Projected::RawCopy | Projected::Shuffled => fact.is_multiple_of(8),
+        };
+        EvalItem {
+            fact,
+            condition,
+            context: HOSTILE.to_owned(),
+            question: "Where?".to_owned(),
+            packet_answer: if condition == Projected::Mismatched { other.clone() } else { answer.clone() },
+            choice: if right { answer.clone() } else { other },
+            p_answer: if right { 0.9 } else { 0.1 },
+            kl: if right { 0.1 + f64::from(fact % 4) * 0.01 } else { 2.5 },
+            generated: HOSTILE.to_owned(),
+            injected: right,
+            question_generated: String::new(),
+            stalled: condition == Projected::RawCopy,
+            bytes: match condition {
+                Projected::TextRelay => 60,
+                Projected::Native | Projected::NoContext => 0,
+                _ => 400_000,
+            },
+            latency_ms: 12.0,
+            answer,
+        }
+    };
+    let facts = spec.first_fact..spec.first_fact + spec.facts;
+    EvalResult {
+        source: model("smollm2-135m-instruct", 30, 3, 64),
+        target: gemma(),
+        method: "ridge".to_owned(),
+        parameters: 10_600_000,
+        tier: spec.tier,
+        candidates: NAMES.map(str::to_owned).to_vec(),
+        items: facts.flat_map(|fact| Projected::ALL.map(|condition| item(fact, condition))).collect(),
+        layers: fits(if spec.tier == Tier::Seen { 0.8 } else { 0.1 }),
+    }
 }
 
 pub(crate) fn detail(results: &RunResults) -> RunDetail {

@@ -14,6 +14,7 @@ use protocol::limits::clean_text;
 use protocol::results::ShardResult;
 
 use super::plots::{self, Axis, Interval, LayerPoint, PlotError, RowPoint};
+use super::projector_page;
 use super::stats::{Mean, Proportion};
 use super::summary::{ConditionRow, ROUNDING_LOGIT_MAX, Summary, Transfer};
 use crate::api::{ClusterInfo, RunDetail, RunResults};
@@ -55,6 +56,7 @@ pub fn render(input: &ReportInput<'_>) -> Result<String, ReportError> {
     let summary = Summary::of(input.results);
     let mut environment = Environment::new();
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
+    environment.add_template("projector.html", include_str!("projector.html"))?;
     environment.add_template("page.html", include_str!("page.html"))?;
     let json = serde_json::to_string_pretty(input.results)?;
     let page = environment.get_template("page.html")?.render(context! {
@@ -65,6 +67,8 @@ pub fn render(input: &ReportInput<'_>) -> Result<String, ReportError> {
         inspections => inspections(&summary),
         profiles => profiles(&summary)?,
         transfers => transfers(&summary)?,
+        trainings => projector_page::trainings(&summary)?,
+        evaluations => projector_page::evaluations(&summary)?,
         unreadable => cleaned(&summary.unreadable),
         sweep => clean_text(&input.run.sweep),
         sweep_file => clean_text(&input.run.file),
@@ -351,15 +355,15 @@ fn samples(transfer: &Transfer) -> Vec<Value> {
     facts.into_values().map(|(head, rows)| context! { head, rows }).collect()
 }
 
-fn of_share(share: &Proportion) -> Interval {
+pub(super) fn of_share(share: &Proportion) -> Interval {
     Interval { value: share.share(), low: share.low, high: share.high }
 }
 
-fn of_mean(mean: &Mean) -> Interval {
+pub(super) fn of_mean(mean: &Mean) -> Interval {
     Interval { value: mean.mean, low: mean.low, high: mean.high }
 }
 
-fn share(share: &Proportion) -> Value {
+pub(super) fn share(share: &Proportion) -> Value {
     context! {
         text => format!("{}/{}", share.hits, share.items),
         percent => format!("{:.0} %", share.share() * 100.0),

@@ -85,6 +85,59 @@ pub(super) fn layer_profile(name: &str, measure: &str, points: &[LayerPoint]) ->
     })
 }
 
+/// One curve.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Curve {
+    /// From left to right; not empty.
+    pub(super) points: Vec<(f64, f64)>,
+    /// Its colour.
+    pub(super) colour: RGBColor,
+    /// Each point has a mark: they are few.
+    pub(super) marks: bool,
+}
+
+/// Curves over one axis, between the least and the largest of their values.
+pub(super) fn curves(name: &str, across: &str, up: &str, curves: &[Curve]) -> Result<String, PlotError> {
+    draw(name, 280, |root| {
+        let all = || curves.iter().flat_map(|curve| &curve.points).filter(|(x, y)| x.is_finite() && y.is_finite());
+        let range = |of: fn(&(f64, f64)) -> f64, room: f64| {
+            let (low, high) =
+                all().map(of).fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
+            let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
+            let wide = if high > low { high - low } else { 1.0 };
+            low - room * wide..high + room * wide
+        };
+        let mut chart = ChartBuilder::on(root)
+            .margin(12)
+            .margin_right(20)
+            .x_label_area_size(42)
+            .y_label_area_size(58)
+            .build_cartesian_2d(range(|point| point.0, 0.01), range(|point| point.1, 0.06))?;
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(INK.mix(0.15))
+            .axis_style(INK.mix(0.5))
+            .label_style((FONT, 16).into_font().color(&INK))
+            .axis_desc_style((FONT, 16).into_font().color(&INK))
+            .x_labels(8)
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .y_label_formatter(&|y| fine(*y))
+            .x_desc(across)
+            .y_desc(up)
+            .draw()?;
+        for curve in curves {
+            let points = || curve.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite());
+            chart.draw_series(LineSeries::new(points(), curve.colour.stroke_width(2)))?;
+            if curve.marks {
+                chart.draw_series(points().map(|point| Circle::new(point, 4, curve.colour.filled())))?;
+            }
+        }
+        Ok(())
+    })
+}
+
 /// A value with its interval in a row of its own.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct RowPoint {
@@ -199,6 +252,10 @@ fn draw(
 
 fn short(y: f64) -> String {
     if y >= 100.0 || y.fract() == 0.0 { format!("{y:.0}") } else { format!("{y:.1}") }
+}
+
+fn fine(y: f64) -> String {
+    if y.abs() >= 100.0 || y.fract() == 0.0 { format!("{y:.0}") } else { format!("{y:.2}") }
 }
 
 fn power_of_ten(x: f64) -> String {

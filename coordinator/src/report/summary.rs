@@ -8,6 +8,7 @@ use protocol::experiment::{Condition, LayerSelection, ShardSpec, Spread, Transfe
 use protocol::results::{LayerProfile, ModelFacts, ShardResult, TransferItem, TransferResult};
 use serde::{Deserialize, Serialize};
 
+use super::projector::{self, EvaluationSummary, TrainingSummary};
 use super::stats::{Mean, Proportion};
 use crate::api::{RunResults, SeatResult, ShardResults};
 
@@ -21,6 +22,12 @@ pub struct Summary {
     pub inspections: Vec<Inspection>,
     /// Shards of kind `transfer` that asked the same of the same model, taken together.
     pub transfers: Vec<Transfer>,
+    /// Trainings of projectors.
+    #[serde(default)]
+    pub trainings: Vec<TrainingSummary>,
+    /// Evaluations of projectors.
+    #[serde(default)]
+    pub evaluations: Vec<EvaluationSummary>,
     /// Results that could not be read: shard, seat and why.
     pub unreadable: Vec<String>,
 }
@@ -134,10 +141,13 @@ impl Summary {
                 ShardSpec::Transfer(spec) => add_to_group(&mut groups, shard, spec),
                 // Their results are the researcher's own files.
                 ShardSpec::Command(_) | ShardSpec::NoOp(_) => {}
+                // Taken together below.
                 ShardSpec::ProjectorTrain(_) | ShardSpec::ProjectorEval(_) => {}
             }
         }
         summary.transfers = groups.into_iter().map(Group::finish).collect();
+        summary.trainings = projector::trainings(results);
+        summary.evaluations = projector::evaluations(results);
         summary
     }
 
@@ -145,7 +155,9 @@ impl Summary {
     pub fn models(&self) -> BTreeMap<&str, &ModelFacts> {
         let inspected = self.inspections.iter().map(|inspection| &inspection.model);
         let transferred = self.transfers.iter().map(|transfer| &transfer.model);
-        inspected.chain(transferred).map(|model| (model.name.as_str(), model)).collect()
+        let trained = self.trainings.iter().flat_map(|training| &training.models);
+        let evaluated = self.evaluations.iter().flat_map(|evaluation| [&evaluation.source, &evaluation.target]);
+        inspected.chain(transferred).chain(trained).chain(evaluated).map(|model| (model.name.as_str(), model)).collect()
     }
 
     /// The layers of each model by index: of inspections of all layers first, completed by those of some.

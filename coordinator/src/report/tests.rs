@@ -1,10 +1,11 @@
 //! The page and its figures from results that look like real ones.
 
+use protocol::experiment::projector::{Projected, Tier};
 use protocol::experiment::{Condition, ShardSpec};
 use protocol::ids::{RunId, ShardId};
 use protocol::results::ShardResult;
 
-use super::fixture::{cluster, detail, results, transfer};
+use super::fixture::{cluster, detail, projectors, results, transfer};
 use super::summary::Summary;
 use super::*;
 use crate::api::{RunResults, ShardResults};
@@ -92,4 +93,66 @@ fn an_unreadable_result_is_named() {
     seat.result = None;
     seat.unreadable = Some("blob is corrupt".to_owned());
     assert!(page(&results).contains("A result could not be read: r7.0 main: blob is corrupt"));
+}
+
+#[test]
+fn trainings_are_taken_together_over_rounds_and_replicas() {
+    let summary = Summary::of(&projectors());
+    let [ridge, fuser] = summary.trainings.as_slice() else { panic!("two trainings") };
+    assert_eq!((ridge.method.as_str(), ridge.counted, ridge.samples), ("ridge", 64, 64));
+    assert_eq!(ridge.ridge.as_ref().unwrap().layers.len(), 18);
+    assert_eq!((fuser.method.as_str(), fuser.counted, fuser.rounds.len()), ("fuser of width 64", 96, 2));
+    let samples: Vec<u64> = fuser.steps().iter().map(|row| row.sample).collect();
+    assert!(samples.len() == 24 && samples.is_sorted());
+    assert_eq!(
+        fuser.validations().iter().map(|(at, row)| (*at, row.matched)).collect::<Vec<_>>(),
+        [(0, 3.0), (48, 2.0)]
+    );
+    // 18 of values, and of keys those of layers 0 to 9.
+    assert_eq!(fuser.gates_open(), (28, 36));
+    // Four deltas up and four times the weights down, against 8 bytes a number in each of 24 steps.
+    assert_eq!(fuser.bytes_sent(), (4 * 1_015_625 + 16_000_000, 8 * 24 * 1_000_000));
+    assert!((fuser.newest_loss().unwrap() - 1.32).abs() < 1e-9);
+}
+
+#[test]
+fn tiers_stay_apart_and_controls_decide() {
+    let summary = Summary::of(&projectors());
+    let [evaluation] = summary.evaluations.as_slice() else { panic!("one evaluation") };
+    let [seen, binding] = evaluation.tiers.as_slice() else { panic!("two tiers") };
+    assert_eq!((seen.tier, seen.facts, binding.facts), (Tier::Seen, 32, 16));
+    let row = |tier: &super::projector::TierSummary, condition| tier.row(condition).unwrap().clone();
+    assert_eq!(row(seen, Projected::Projected).choice.hits, 32);
+    assert_eq!(row(seen, Projected::Shuffled).choice.hits, 4);
+    assert_eq!(row(seen, Projected::Mismatched).packet_choice.unwrap().hits, 32);
+    assert_eq!((seen.beats(Projected::Shuffled), binding.beats(Projected::Shuffled)), (Some(true), Some(false)));
+    assert!((seen.layers[0].r2_key - 0.8).abs() < 1e-12, "the mean over two shards");
+    assert!((row(seen, Projected::TextRelay).bytes - 60.0).abs() < 1e-9);
+}
+
+#[test]
+fn projectors_have_a_page_and_event_files() {
+    let results = projectors();
+    let page = page(&results);
+    assert!(!page.contains("<script") && page.contains("Training: fuser of width 64"));
+    assert!(page.contains("The projected cache carries the answer:") && page.contains("Not shown:"));
+    // Ridge's fits; loss, validation and gates; two plots and the fits of each tier.
+    assert_eq!(page.matches("<svg").count(), 1 + 3 + 2 * 3);
+    assert!(page.contains("60 B and 12.00 ms by text relay"), "what sending text would take");
+
+    let files = super::tensorboard::event_files(&results, &detail(&results));
+    let names: Vec<_> = files.iter().map(|(name, _)| name.split('/').collect::<Vec<_>>()).collect();
+    let folders: Vec<_> = names.iter().map(|parts| parts[..parts.len() - 1].join("/")).collect();
+    assert_eq!(folders, ["training-0", "training-1", "training-1/replica-0", "training-1/replica-1"]);
+    assert!(names.iter().all(|parts| parts.last().unwrap().starts_with("events.out.tfevents.")));
+    let scalars = super::tensorboard::tests::read_back(&files[2].1);
+    let losses: Vec<_> =
+        scalars.iter().filter(|(tag, ..)| tag == "loss").map(|(_, step, loss)| (*step, *loss)).collect();
+    assert_eq!((losses.len(), losses[0], losses[11].0), (12, (0, 2.92), 11));
+    let outer = super::tensorboard::tests::read_back(&files[1].1);
+    let tags = |name: &str| outer.iter().filter(|(tag, ..)| tag == name).count();
+    assert_eq!((tags("validation/matched"), tags("outer/delta_norm")), (2, 2));
+    if let Some(path) = std::env::var_os("BONEPILE_REPORT_TO") {
+        std::fs::write(path, page).unwrap();
+    }
 }

@@ -311,6 +311,61 @@ impl Store {
         }
     }
 
+    /// Writes files for people into a folder beside a run's pages and returns where it is. Where the folder has one of them with
+    /// other bytes already, all go into `name-2`, and so on: a folder is of one moment.
+    ///
+    /// # Errors
+    /// [`StoreError::BadName`] unless `name` and the files' paths are plain; else as [`Store::publish_bytes`].
+    pub fn write_report_folder(
+        &self,
+        run: RunId,
+        name: &str,
+        files: &[(String, Vec<u8>)],
+    ) -> Result<PathBuf, StoreError> {
+        let plain = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.contains(['\\', '\0']);
+        let paths = files.iter().map(|(path, _)| path.as_str());
+        if let Some(bad) = paths.chain([name]).find(|path| !path.split('/').all(plain)) {
+            return Err(StoreError::BadName { name: bad.to_owned() });
+        }
+        self.check()?;
+        let mut version = 1;
+        loop {
+            let name = if version == 1 { name.to_owned() } else { format!("{name}-{version}") };
+            let folder = self.root.join("reports").join(run.to_string()).join(name);
+            let mut others = false;
+            for (path, bytes) in files {
+                others |= self.holds_others(&folder.join(path), bytes)?;
+            }
+            if others {
+                version += 1;
+                continue;
+            }
+            for (path, bytes) in files {
+                let path = folder.join(path);
+                let reports = self.root.join("reports");
+                let mut missing: Vec<_> = path.ancestors().skip(1).take_while(|above| **above != reports).collect();
+                while let Some(directory) = missing.pop() {
+                    self.make_dir(directory)?;
+                }
+                self.retrying(|| self.place(&path, &mut bytes.as_slice(), None))?;
+            }
+            return Ok(folder);
+        }
+    }
+
+    /// Whether a file is there with other bytes.
+    fn holds_others(&self, path: &Path, bytes: &[u8]) -> Result<bool, StoreError> {
+        let mut there = Vec::new();
+        match self.disk.open(path) {
+            Ok(mut file) => {
+                file.read_to_end(&mut there).map_err(StoreError::at(Operation::Read, path))?;
+                Ok(there != bytes)
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(StoreError::at(Operation::Open, path)(error)),
+        }
+    }
+
     /// Checks everything: each artifact against its name, each manifest against the artifacts, leftovers, the sentinel. Reads
     /// the whole store. `now` tells old temporary files from those of a writer at work.
     ///

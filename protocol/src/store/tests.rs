@@ -171,6 +171,39 @@ fn publishes_reads_back_and_checks_clean() {
 }
 
 #[test]
+fn what_a_shard_was_made_from_counts_as_used() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::init(&directory.path().join("store"), NOW).unwrap();
+    let made = store.publish_bytes(b"made").unwrap();
+    let given = store.publish_bytes(b"given").unwrap();
+    let inputs = vec![output("base", (given.0, 0)), output("gone", (ArtifactHash::of(b"gone"), 4))];
+    let manifest = Manifest { inputs, ..manifest("r1.0", 1, vec![output("result.json", made)]) };
+    store.write_manifest(&manifest).unwrap();
+    let report = store.fsck(NOW).unwrap();
+    assert_eq!((report.referenced, report.unreferenced), (2, 0), "a length that is not known is no finding");
+    let kinds: Vec<_> = report.findings.iter().map(|finding| finding.kind).collect();
+    assert_eq!(kinds, [FindingKind::MissingBlob]);
+}
+
+#[test]
+fn a_folder_beside_reports_is_of_one_moment() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::init(&directory.path().join("store"), NOW).unwrap();
+    let files = |text: &[u8]| [("a/x".to_owned(), b"same".to_vec()), ("a/b/y".to_owned(), text.to_vec())];
+    let first = store.write_report_folder(RunId(3), "events", &files(b"one")).unwrap();
+    assert_eq!(store.write_report_folder(RunId(3), "events", &files(b"one")).unwrap(), first);
+    let second = store.write_report_folder(RunId(3), "events", &files(b"two")).unwrap();
+    assert!(first.ends_with("events") && second.ends_with("events-2"));
+    assert_eq!(fs::read(first.join("a/b/y")).unwrap(), b"one");
+    assert_eq!(fs::read(second.join("a/b/y")).unwrap(), b"two");
+    for path in ["../x", "/x", "a//x", ".x"] {
+        let files = [(path.to_owned(), Vec::new())];
+        let refused = store.write_report_folder(RunId(3), "events", &files);
+        assert!(matches!(refused, Err(StoreError::BadName { .. })), "{path}");
+    }
+}
+
+#[test]
 fn a_report_never_changes_under_its_readers() {
     let directory = tempfile::tempdir().unwrap();
     let store = Store::init(&directory.path().join("store"), NOW).unwrap();

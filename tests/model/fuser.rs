@@ -70,13 +70,22 @@ fn steps_are_those_of_pytorch() {
     let Stated { layers, heads, head_dim, source, hidden, depth, .. } = stated;
     let shape = FuserShape { layers, source, heads, head_dim, hidden, depth };
     let model = target();
-    let batch: Vec<Example> = stated.samples.iter().enumerate().map(|(index, sample)| {
-        let tensor = |what: &str| tensors[&format!("sample.{index}.{what}")].clone();
-        let positions = (0..tensor("base").dim(1).unwrap() as i64).collect();
-        let prefix = Prefix { source: tensor("source"), base: tensor("base"), own: stated.own, positions };
-        let scored = sample.first..sample.tokens.len() - 1;
-        Example { place: index as u64, prefix, suffix: Suffix { tokens: sample.tokens.clone(), scored, teacher: None } }
-    }).collect();
+    let batch: Vec<Example> = stated
+        .samples
+        .iter()
+        .enumerate()
+        .map(|(index, sample)| {
+            let tensor = |what: &str| tensors[&format!("sample.{index}.{what}")].clone();
+            let positions = (0..tensor("base").dim(1).unwrap() as i64).collect();
+            let prefix = Prefix { source: tensor("source"), base: tensor("base"), own: stated.own, positions };
+            let scored = sample.first..sample.tokens.len() - 1;
+            Example {
+                place: index as u64,
+                prefix,
+                suffix: Suffix { tokens: sample.tokens.clone(), scored, teacher: None },
+            }
+        })
+        .collect();
     let start = flat(&shape, &tensors, "start");
     for (checkpointing, micro_batch) in [(false, 2), (true, 1)] {
         let matrices = shape.parameters_in_order().into_iter().filter(|part| part.is_matrix()).map(|part| part.range);
@@ -124,11 +133,11 @@ fn samples(shape: &FuserShape) -> Vec<Example> {
 
 #[test]
 fn micro_batches_and_checkpoints_leave_gradients_as_they_are() {
-    let (model, shape) =
-        (target(), FuserShape { layers: 2, source: 6, heads: 2, head_dim: 4, hidden: 8, depth: 3 });
+    let (model, shape) = (target(), FuserShape { layers: 2, source: 6, heads: 2, head_dim: 4, hidden: 8, depth: 3 });
     let weights = initial(&shape, 3, 0.5, false);
     let of = |checkpointing, micro_batch, precision| {
-        gradient(&model, &shape, &weights, &samples(&shape), &options(checkpointing, micro_batch, 0.7, precision)).unwrap()
+        gradient(&model, &shape, &weights, &samples(&shape), &options(checkpointing, micro_batch, 0.7, precision))
+            .unwrap()
     };
     let whole = of(false, 4, Precision::F32);
     assert!(norm(&whole.values) > 1e-3);
@@ -148,8 +157,7 @@ fn micro_batches_and_checkpoints_leave_gradients_as_they_are() {
 /// A teacher that is sure of the next token asks for the same as the token.
 #[test]
 fn a_sure_teacher_is_the_next_token() {
-    let (model, shape) =
-        (target(), FuserShape { layers: 2, source: 6, heads: 2, head_dim: 4, hidden: 8, depth: 3 });
+    let (model, shape) = (target(), FuserShape { layers: 2, source: 6, heads: 2, head_dim: 4, hidden: 8, depth: 3 });
     let weights = initial(&shape, 3, 0.5, false);
     let options = options(true, 4, 0.7, Precision::F32);
     let tokens = gradient(&model, &shape, &weights, &samples(&shape), &options).unwrap();

@@ -132,7 +132,8 @@ impl Delta {
             Ok(view) => Err(wrong(format!("{name} is {:?}, expected {dtype:?}", view.dtype()))),
             Err(error) => Err(wrong(error.to_string())),
         };
-        let floats = |bytes: Vec<u8>| bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)).collect::<Vec<_>>();
+        let floats =
+            |bytes: Vec<u8>| bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)).collect::<Vec<_>>();
         let values = match file.names().contains(&"weights") {
             true => DeltaValues::End(floats(tensor("weights", Dtype::F32)?)),
             false => {

@@ -102,9 +102,7 @@ impl Net {
         let logit = self.tensors.last().expect("a fuser has gates").broadcast_as(like.dims())?;
         match mode {
             Mode::Use => logit.gt(0.0)?.to_dtype(DType::F32),
-            Mode::Train { temperature, noise } => {
-                candle_nn::ops::sigmoid(&((logit + &noise.gumbel)? / temperature)?)
-            }
+            Mode::Train { temperature, noise } => candle_nn::ops::sigmoid(&((logit + &noise.gumbel)? / temperature)?),
         }
     }
 
@@ -116,9 +114,7 @@ impl Net {
         let inner = self.product(&normed, up)?.gelu_erf()?;
         let branch = self.product(&inner, down)?;
         match mode {
-            Mode::Train { noise: Noise { kept: Some(kept), .. }, .. } => {
-                x + (branch * &kept[block])?
-            }
+            Mode::Train { noise: Noise { kept: Some(kept), .. }, .. } => x + (branch * &kept[block])?,
             Mode::Train { .. } | Mode::Use => x + branch,
         }
     }
@@ -218,7 +214,10 @@ mod tests {
                 let difference = (at(5e-3) - at(-5e-3)) / 1e-2;
                 let error = (f64::from(*gradient) - difference).abs();
                 let name = &parameter.name;
-                assert!(error < 1e-2 * f64::from(typical.max(gradient.abs())), "{name} {place}: {gradient}, {difference}");
+                assert!(
+                    error < 1e-2 * f64::from(typical.max(gradient.abs())),
+                    "{name} {place}: {gradient}, {difference}"
+                );
                 checked += 1;
             }
         }

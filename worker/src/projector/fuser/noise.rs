@@ -52,7 +52,8 @@ impl Noise {
         let join = |tensors: Vec<&Tensor>| Tensor::cat(&tensors, 1);
         let gumbel = join(parts.iter().map(|part| &part.gumbel).collect())?;
         let blocks = parts.first().and_then(|part| part.kept.as_ref()).map_or(0, Vec::len);
-        let kept = (0..blocks).map(|block| join(parts.iter().flat_map(|part| &part.kept).map(|kept| &kept[block]).collect()));
+        let kept =
+            (0..blocks).map(|block| join(parts.iter().flat_map(|part| &part.kept).map(|kept| &kept[block]).collect()));
         let kept = if blocks > 0 { Some(kept.collect::<Result<_>>()?) } else { None };
         Ok(Self { gumbel, kept })
     }

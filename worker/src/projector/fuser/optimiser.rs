@@ -156,7 +156,10 @@ mod tests {
         // m = 0.9 · 0.05 - 0.1 · 0.25 = 0.02, m̂ = 0.02 / 0.19; v = 0.999 · 0.00025 + 0.001 · 0.0625, v̂ = v / 0.001999.
         let moved = 0.1 * (0.02 / 0.19) / (0.000_312_25_f64 / 0.001_999).sqrt();
         assert!((f64::from(weights[1]) - (0.9 - moved)).abs() < 1e-6, "{weights:?}");
-        assert!((f64::from(weights[0]) - (0.899 * 0.999 - moved)).abs() < 1e-6, "only the first is decayed: {weights:?}");
+        assert!(
+            (f64::from(weights[0]) - (0.899 * 0.999 - moved)).abs() < 1e-6,
+            "only the first is decayed: {weights:?}"
+        );
     }
 
     #[test]

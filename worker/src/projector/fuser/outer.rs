@@ -87,8 +87,11 @@ pub fn outer_step(
         assert_eq!(momentum.len(), start.len(), "one momentum a weight");
     }
     let OuterRate { learning_rate, momentum: decay } = rate;
-    let mut step =
-        OuterStep { weights: Vec::with_capacity(start.len()), momentum: Vec::with_capacity(start.len()), delta_norm: 0.0 };
+    let mut step = OuterStep {
+        weights: Vec::with_capacity(start.len()),
+        momentum: Vec::with_capacity(start.len()),
+        delta_norm: 0.0,
+    };
     for (index, weight) in start.iter().enumerate() {
         let sum: f64 = deltas.iter().map(|(delta, samples)| f64::from(*samples) * delta.end(index, *weight)).sum();
         let (weight, mean) = (f64::from(*weight), sum / samples);

@@ -73,11 +73,7 @@ impl FuserShape {
     pub fn parameters_of_map(&self) -> usize {
         let h = self.hidden;
         let block = h + 2 * h * h;
-        (self.source + self.target() + 1) * h
-            + self.depth * block
-            + (h + 1) * self.heads
-            + (h + 1) * self.target()
-            + 1
+        (self.source + self.target() + 1) * h + self.depth * block + (h + 1) * self.heads + (h + 1) * self.target() + 1
     }
 
     /// Trained numbers in all.

@@ -6,12 +6,13 @@
 //!
 //! Layout:
 //! - [`wire`]: frames over blocking pipes. [`inbox`]: what the agent has said, for the thread that computes.
-//! - [`seat`]: one seat's part, from spec to files, at its `desk`. [`warm`]: the model in memory.
+//! - [`seat`]: one seat's part, from spec to files, at its `desk`; `projector` for projectors' many stages. [`warm`]: the model in memory.
 //! - [`failure`]: errors as the types that retry policies know.
 
 mod desk;
 pub mod failure;
 pub mod inbox;
+mod projector;
 pub mod seat;
 pub mod warm;
 pub mod wire;

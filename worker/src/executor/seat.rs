@@ -12,6 +12,7 @@ use protocol::results::{ModelFacts, ShardResult, TransferSourceResult};
 use super::desk::{Desk, Emitted};
 use super::failure::failure;
 use super::inbox::Inbox;
+use super::projector;
 use super::warm::Warm;
 use super::wire::Outbox;
 use crate::cache::KvCache;
@@ -53,6 +54,11 @@ pub fn run<W: Write>(order: &RunSeat, warm: &mut Warm, inbox: &Inbox, outbox: &O
             let mut fetch = |key: &str| desk.fetch(model.layout(), key);
             ShardResult::Transfer(score(model, spec, &mut fetch, &mut desk.watch()).map_err(told)?)
         }
+        (ShardSpec::ProjectorTrain(spec), role, model) => {
+            let made = projector::train(&desk, model, spec, role).map_err(told)?;
+            outputs.extend(made.files.into_iter().map(|(name, path)| (name, path.to_string_lossy().into_owned())));
+            made.result
+        }
         (spec, role, _) => {
             let what = format!("a shard of kind {} has no seat {role} for an executor", spec.kind());
             return Err(Failure::new(FailureKind::BadSpec, what));
@@ -74,7 +80,7 @@ impl<W: Write> Desk<'_, W> {
 
 impl Emitted {
     /// What a source says of what it sent, since `started`.
-    fn result(self, model: ModelFacts, started: Instant) -> TransferSourceResult {
+    pub(super) fn result(self, model: ModelFacts, started: Instant) -> TransferSourceResult {
         let compute = started.elapsed().saturating_sub(self.elsewhere);
         TransferSourceResult {
             model,

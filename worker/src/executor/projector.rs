@@ -1,0 +1,98 @@
+//! Seats of projectors' training and evaluation: which procedure each is, what it reads and what it leaves behind.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use protocol::experiment::projector::{PROJECTOR, SHUFFLED, STATISTICS, Stage, TrainSpec, stored_file};
+use protocol::ids::Role;
+use protocol::results::ShardResult;
+
+use super::desk::{Desk, Emitted};
+use crate::cache::KvCache;
+use crate::experiment::projector::train::{make_caches, solve, statistics};
+use crate::experiment::{ExperimentError, model_facts};
+use crate::model::Model;
+use crate::projector::corpus::Corpus;
+use crate::projector::ridge::statistics::Statistics;
+
+/// What a seat made: its result, and files by the names of artifacts.
+pub(super) struct Made {
+    pub(super) result: ShardResult,
+    pub(super) files: Vec<(String, PathBuf)>,
+}
+
+/// A seat of a training.
+pub(super) fn train<W: Write>(
+    desk: &Desk<'_, W>,
+    model: Option<&Model>,
+    spec: &TrainSpec,
+    role: Role,
+) -> Result<Made, ExperimentError> {
+    match (&spec.stage, role, model) {
+        (Stage::Statistics(samples), Role::Source, Some(model)) => {
+            let corpus = corpus(desk, spec)?;
+            sent(desk, model, &spec.source, |emit| {
+                make_caches(model, &corpus, samples, emit, &mut desk.watch()).map(drop)
+            })
+        }
+        (Stage::Statistics(samples), Role::Target, Some(model)) => {
+            let corpus = corpus(desk, spec)?;
+            let mut fetch = |key: &str| desk.fetch_foreign(key);
+            let (sums, result) = statistics(model, spec, &corpus, samples, &mut fetch, &mut desk.watch())?;
+            let path = desk.place(STATISTICS);
+            sums.save(&path)?;
+            Ok(Made { result: ShardResult::ProjectorStatistics(result), files: vec![(STATISTICS.to_owned(), path)] })
+        }
+        (Stage::Solve { parts }, Role::Main, None) => {
+            let names = (0..parts.len()).map(|index| format!("{index}-{STATISTICS}"));
+            let mut sums = Vec::with_capacity(parts.len());
+            for (done, name) in (0u32..).zip(names) {
+                desk.progress(done, 0, "adding up")?;
+                sums.push(Statistics::load(needed(desk, &name)?)?);
+            }
+            desk.progress(0, 0, "solving")?;
+            let solved = solve(&Statistics::merge(sums)?, spec)?;
+            let files = [(PROJECTOR, solved.projector), (SHUFFLED, solved.shuffled)].map(|(name, projector)| {
+                let path = desk.place(name);
+                projector.save(&path).map(|_| (name.to_owned(), path))
+            });
+            let files = files.into_iter().collect::<Result<_, _>>()?;
+            Ok(Made { result: ShardResult::ProjectorRidge(solved.result), files })
+        }
+        (stage, role, _) => {
+            let what = format!("no seat {role} of a training is at stage {stage:?}");
+            Err(ExperimentError::BadSpec { what })
+        }
+    }
+}
+
+/// The source's half of anything: what `send` emits goes to the other seat.
+fn sent<W: Write>(
+    desk: &Desk<'_, W>,
+    model: &Model,
+    name: &str,
+    send: impl FnOnce(&mut dyn FnMut(&str, &KvCache) -> Result<(), ExperimentError>) -> Result<(), ExperimentError>,
+) -> Result<Made, ExperimentError> {
+    let (mut emitted, started) = (Emitted::default(), Instant::now());
+    send(&mut |key, cache| desk.emit(&mut emitted, key, cache))?;
+    let result = ShardResult::ProjectorSource(emitted.result(model_facts(model, name), started));
+    Ok(Made { result, files: Vec::new() })
+}
+
+/// What the training reads; files of the store are among the seat's inputs.
+fn corpus<W: Write>(desk: &Desk<'_, W>, spec: &TrainSpec) -> Result<Corpus, ExperimentError> {
+    Ok(Corpus::open(&spec.corpus, spec.seed, &|name| find(desk, name))?)
+}
+
+fn find<W: Write>(desk: &Desk<'_, W>, name: &str) -> Option<PathBuf> {
+    match stored_file(name) {
+        Some(stored) => desk.input(&stored.name).map(Path::to_path_buf),
+        None => Some(PathBuf::from(name)),
+    }
+}
+
+fn needed<'a, W: Write>(desk: &'a Desk<'_, W>, name: &str) -> Result<&'a Path, ExperimentError> {
+    let what = || ExperimentError::BadSpec { what: format!("input {name} was not handed over") };
+    desk.input(name).ok_or_else(what)
+}

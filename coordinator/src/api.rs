@@ -168,8 +168,11 @@ impl ShardCounts {
     }
 }
 
+/// Name of the artifact that holds what a seat measured.
+pub const RESULT_NAME: &str = "result.json";
+
 /// A run with every shard.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunDetail {
     /// The run in one line.
     pub summary: RunSummary,
@@ -179,6 +182,32 @@ pub struct RunDetail {
     pub sweep: String,
     /// The shards by index.
     pub shards: Vec<ShardRow>,
+    /// Its trainings.
+    #[serde(default)]
+    pub trainings: Vec<TrainingRow>,
+}
+
+/// A training as far as it has come.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainingRow {
+    /// Its experiment's name; empty if it has none.
+    pub experiment: String,
+    /// `ridge smollm2-135m-instruct -> gemma-3-270m`.
+    pub what: String,
+    /// Samples that shards went over which have committed.
+    pub counted: u64,
+    /// Samples of all epochs.
+    pub samples: u64,
+    /// Shards that are expected beside those that there are.
+    pub shards_to_come: u32,
+    /// Everything of it has committed.
+    pub ended: bool,
+    /// The newest committed result of a replica's steps.
+    pub newest: Option<OutputRow>,
+    /// Loss of the last of those steps, nats.
+    pub loss: Option<f64>,
+    /// Gates that were open after it, and gates.
+    pub gates_open: Option<(u32, u32)>,
 }
 
 /// A shard.

@@ -1,7 +1,8 @@
 //! Sessions: greeting, heartbeats, garbage, uploads, and that one bad peer does not disturb another.
 
 use protocol::control::{
-    ALPN_CONTROL, Heartbeat, HeartbeatAck, SeatSettled, ToCoordinator, ToWorker, Upload, UploadAnswer, close, refusal,
+    ALPN_CONTROL, Download, Heartbeat, HeartbeatAck, Output, SeatSettled, ToCoordinator, ToWorker, Upload,
+    UploadAnswer, close, refusal,
 };
 use protocol::ids::{ArtifactHash, AttemptId, Fence, Role, RunId, ShardId, WorkerId};
 use protocol::quic::{FrameReader, Received, write_frame};
@@ -145,4 +146,44 @@ async fn uploads_reach_the_store_whole_or_not_at_all() {
     assert_eq!(cluster.store.read_verified(&hash).unwrap(), bytes);
     assert_eq!(upload(&worker, hash, length, &bytes).await, None, "again is no error");
     assert_eq!(std::fs::read_dir(cluster.uploads()).unwrap().count(), 0);
+}
+
+/// The answer's length or refusal, and the bytes that came.
+async fn download(worker: &Worker, hash: ArtifactHash) -> (Result<u64, String>, Vec<u8>) {
+    let (mut send, receive) = worker.connection.open_bi().await.unwrap();
+    write_frame(&mut send, &ToCoordinator::from(Download { attempt: attempt(), hash })).await.unwrap();
+    let mut reader = FrameReader::<ToWorker>::new(receive);
+    let answer = match reader.next().await.unwrap() {
+        Some(Received::Message(ToWorker::DownloadAnswer(answer))) => answer,
+        other => panic!("an answer was expected, not {other:?}"),
+    };
+    let bytes = reader.into_stream().read_to_end(64 << 20).await.unwrap();
+    (answer.refused.map_or(Ok(answer.bytes), Err), bytes)
+}
+
+#[tokio::test]
+async fn a_worker_gets_what_its_seats_need_and_nothing_else() {
+    let cluster = Cluster::start();
+    let (one, other) = (cluster.worker(1).await, cluster.worker(2).await);
+    let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8).collect();
+    let (hash, length) = cluster.store.publish_bytes(&bytes).unwrap();
+    let (secret, _) = cluster.store.publish_bytes(b"not an input").unwrap();
+    let gone = ArtifactHash::of(b"never made");
+    let input = |hash| Output { name: "projector.safetensors".into(), hash, bytes: length };
+    cluster.script.lock().unwrap().inputs.insert(WorkerId(1), vec![input(hash), input(gone)]);
+
+    assert_eq!(download(&one, hash).await, (Ok(length), bytes.clone()));
+    for refused in [download(&one, secret).await, download(&other, hash).await] {
+        assert!(refused.0.unwrap_err().contains("no seat that this worker holds needs it") && refused.1.is_empty());
+    }
+    assert!(download(&one, gone).await.0.is_err());
+    // What the disk has made something else of does not leave.
+    let path = cluster.store.blob_path(&hash);
+    let mut permissions = std::fs::metadata(&path).unwrap().permissions();
+    #[expect(clippy::permissions_set_readonly_false, reason = "a file of this test")]
+    permissions.set_readonly(false);
+    std::fs::set_permissions(&path, permissions).unwrap();
+    std::fs::write(&path, &bytes[1..]).unwrap();
+    assert!(download(&one, hash).await.0.is_err());
+    assert!(one.connection.close_reason().is_none() && other.connection.close_reason().is_none());
 }

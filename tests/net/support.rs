@@ -10,7 +10,7 @@ use coordinator::api::TokenState;
 use coordinator::authority::Authority;
 use coordinator::driver::{Command, DriverHandle, TokenRecord};
 use coordinator::net::{Net, NetParts};
-use protocol::control::{ALPN_CONTROL, Hello, Refused, ToCoordinator, ToWorker, Welcome, close, refusal};
+use protocol::control::{ALPN_CONTROL, Hello, Output, Refused, ToCoordinator, ToWorker, Welcome, close, refusal};
 use protocol::identity::{JoinToken, Secret};
 use protocol::ids::{TokenId, WorkerId};
 use protocol::quic::{Credentials, EndpointSecret, FrameReader, Received, bind, client_config, write_frame};
@@ -32,6 +32,8 @@ pub(crate) struct Script {
     /// Key with which a token was used, and the worker it made.
     pub(crate) redeemed: BTreeMap<TokenId, ([u8; 32], WorkerId)>,
     pub(crate) denied: BTreeMap<WorkerId, u32>,
+    /// What each worker's seats need.
+    pub(crate) inputs: BTreeMap<WorkerId, Vec<Output>>,
     pub(crate) outboxes: BTreeMap<WorkerId, (u64, mpsc::Sender<ToWorker>)>,
 }
 
@@ -236,6 +238,11 @@ async fn drive(
             Command::Redeem { id, spki_sha256, reply, .. } => drop(reply.send(redeem(&mut script, id, spki_sha256))),
             Command::Admissible { worker, reply, .. } => {
                 let _ = reply.send(script.denied.get(&worker).map_or(Ok(()), |code| Err(*code)));
+            }
+            Command::Input { worker, download, reply } => {
+                let inputs = script.inputs.get(&worker).into_iter().flatten();
+                let input = inputs.cloned().find(|input| input.hash == download.hash);
+                drop(reply.send(Ok(input)));
             }
             Command::RevokeToken { id, reply } => {
                 script.tokens.get_mut(&id).unwrap().state = TokenState::Revoked;

@@ -4,10 +4,10 @@
 
 use std::collections::BTreeMap;
 
-use protocol::ids::ShardId;
+use protocol::ids::{ArtifactHash, ShardId};
 use protocol::time::UnixMillis;
 
-use crate::api::{RunDetail, ShardRow, ShardState};
+use crate::api::{RunDetail, ShardRow, ShardState, TrainingRow};
 
 /// A running shard tells how long its kind takes once this share of its steps is done.
 const SHARE_TOLD: f64 = 0.2;
@@ -50,14 +50,19 @@ impl Tracker {
                 self.of_kind.insert(kind(shard).to_owned(), sum);
             }
         }
+        let to_come = match run.summary.state.is_terminal() {
+            true => 0,
+            false => run.trainings.iter().map(|training| training.shards_to_come as usize).sum(),
+        };
         let mut standing = Standing {
             steps_done: 0,
             steps_total: 0,
-            total_known: true,
+            total_known: to_come == 0,
             share: 0.0,
             shards_ended: 0,
-            shards: run.shards.len(),
-            left_ms: Kinds::of(run, now).left_ms(run, now),
+            shards: run.shards.len() + to_come,
+            // How long rounds that are not there yet take is known to nobody.
+            left_ms: Kinds::of(run, now).left_ms(run, now).filter(|_| to_come == 0),
         };
         for shard in &run.shards {
             let total = self.of_shard.get(&shard.id).or_else(|| self.of_kind.get(kind(shard))).copied();
@@ -74,7 +79,7 @@ impl Tracker {
             standing.shards_ended += usize::from(ended);
             standing.share += if ended { 1.0 } else { share(shard) };
         }
-        standing.share /= run.shards.len().max(1) as f64;
+        standing.share /= standing.shards.max(1) as f64;
         standing
     }
 }
@@ -161,10 +166,12 @@ fn time_ms(shard: &ShardRow, now: UnixMillis) -> Option<f64> {
 #[derive(Debug, Default)]
 pub struct Changes {
     known: BTreeMap<String, (ShardState, u32)>,
+    /// The newest steps of each training.
+    newest: BTreeMap<usize, ArtifactHash>,
 }
 
 impl Changes {
-    /// Lines for shards that were placed, ended or placed again, in order.
+    /// Lines for trainings with newer numbers, and for shards that were placed, ended or placed again, in order.
     pub fn since_last(&mut self, run: &RunDetail) -> Vec<String> {
         let mut lines = Vec::new();
         for shard in &run.shards {
@@ -175,8 +182,23 @@ impl Changes {
             }
             lines.extend(line(shard));
         }
+        for (number, training) in run.trainings.iter().enumerate() {
+            let Some(newest) = training.newest.as_ref().filter(|_| training.loss.is_some()) else { continue };
+            if self.newest.insert(number, newest.hash) != Some(newest.hash) {
+                lines.push(training_line(training));
+            }
+        }
         lines
     }
+}
+
+/// How far a training is, in its newest numbers.
+pub fn training_line(training: &TrainingRow) -> String {
+    let name = if training.experiment.is_empty() { &training.what } else { &training.experiment };
+    let loss = training.loss.map_or(String::new(), |loss| format!(", loss {loss:.3}"));
+    let gates = training.gates_open.map_or(String::new(), |(open, all)| format!(", {open}/{all} gates open"));
+    let text = format!("{name}: {} of {} samples{loss}{gates}", training.counted, training.samples);
+    protocol::limits::clean_text(&text).replace('\n', " ")
 }
 
 fn line(shard: &ShardRow) -> Option<String> {
@@ -294,5 +316,31 @@ mod tests {
         assert_eq!(changes.since_last(&at(Running)), ["r7.0 inspect a layers=all: main on w1/cpu"]);
         assert!(changes.since_last(&at(Running)).is_empty());
         assert_eq!(changes.since_last(&at(Committed)), ["r7.0 inspect a layers=all: committed"]);
+    }
+
+    #[test]
+    fn a_training_tells_its_newest_numbers_once_and_counts_what_is_to_come() {
+        let mut run = run(&[("steps", ShardState::Committed, 4, 4, Some(0), Some(1000))]);
+        run.summary.state = crate::api::RunState::Running;
+        let hash = ArtifactHash::of(b"one");
+        let newest = crate::api::OutputRow { role: protocol::ids::Role::Target, name: String::new(), hash, bytes: 1 };
+        run.trainings = vec![TrainingRow {
+            experiment: "bridge".to_owned(),
+            what: "fuser".to_owned(),
+            counted: 64,
+            samples: 256,
+            shards_to_come: 3,
+            ended: false,
+            newest: Some(newest),
+            loss: Some(2.125),
+            gates_open: Some((30, 36)),
+        }];
+        let mut changes = Changes::default();
+        assert!(
+            changes.since_last(&run).contains(&"bridge: 64 of 256 samples, loss 2.125, 30/36 gates open".to_owned())
+        );
+        assert!(changes.since_last(&run).is_empty());
+        let standing = Tracker::default().look(&run, UnixMillis(2000));
+        assert_eq!((standing.shards, standing.share, standing.left_ms), (4, 0.25, None));
     }
 }

@@ -14,7 +14,7 @@ use super::context::{Context, Outcome};
 use super::exit;
 use super::failure::Failure;
 use super::output::Document;
-use super::progress::{Changes, Standing, Tracker};
+use super::progress::{Changes, Standing, Tracker, training_line};
 use super::text::duration_ms;
 use crate::api::{RunDetail, RunState, RunSummary, ShardState, route};
 use crate::clock::now;
@@ -189,6 +189,10 @@ fn message(detail: &RunDetail, standing: &Standing) -> String {
     );
     if let Some(left_ms) = standing.left_ms {
         text.push_str(&format!(", about {} left", duration_ms(left_ms)));
+    }
+    let open = detail.trainings.iter().find(|training| !training.ended && training.loss.is_some());
+    if let Some(training) = open {
+        text.push_str(&format!(" · {}", training_line(training)));
     }
     let note = detail.shards.iter().filter(|shard| shard.state == ShardState::Running).find_map(note_of);
     let waiting = || (!detail.summary.note.is_empty()).then(|| detail.summary.note.clone());

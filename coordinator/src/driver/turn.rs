@@ -139,9 +139,12 @@ impl Driver {
                 self.replies.later(reply, answer);
             }
             Command::Submit { run, reply } => {
-                let shards = u32::try_from(run.specs.len()).unwrap_or(u32::MAX);
                 let answer = match self.ask(Input::Submit(run)) {
-                    Ok(Answer::Run(run)) => Ok(SubmitAnswer { run, shards }),
+                    Ok(Answer::Run(run)) => {
+                        let body = self.scheduler.state().runs.get(&run);
+                        let shards = body.map_or(0, |body| u32::try_from(body.shards.len()).unwrap_or(u32::MAX));
+                        Ok(SubmitAnswer { run, shards })
+                    }
                     Ok(other) => unreachable!("an accepted sweep names a run, not {other:?}"),
                     Err(rejection) => Err(rejection.into()),
                 };

@@ -5,19 +5,23 @@
 use std::collections::BTreeMap;
 
 use protocol::control::{Download, Output, SeatProgress};
-use protocol::ids::{AttemptId, DeviceRef, RunId, ShardId, TokenId, WorkerId};
+use protocol::experiment::ShardSpec;
+use protocol::experiment::projector::{Method, Stage};
+use protocol::ids::{AttemptId, DeviceRef, Role, RunId, ShardId, TokenId, WorkerId};
 use protocol::store::{Manifest, SeatRecord};
 
 use super::DriverParts;
 use super::manifests::ManifestStatus;
 use super::tails::Tails;
 use crate::api::{
-    ApiError, ClusterInfo, DeviceReason, DeviceRow, ErrorCode, Explanation, FailureRow, OutputRow, Progress, RunDetail,
-    RunResults, RunSummary, SeatResult, SeatRow, ShardCounts, ShardResults, ShardRow, TokenRow, WorkerRow, WorkerSeat,
+    ApiError, ClusterInfo, DeviceReason, DeviceRow, ErrorCode, Explanation, FailureRow, OutputRow, Progress,
+    RESULT_NAME, RunDetail, RunResults, RunSummary, SeatResult, SeatRow, ShardCounts, ShardResults, ShardRow, TokenRow,
+    TrainingRow, WorkerRow, WorkerSeat,
 };
 use crate::scheduler::board::Row;
 use crate::scheduler::reason::Rated;
 use crate::scheduler::state::{Attempt, AttemptState, Run, Seat, Shard, Token, Worker};
+use crate::scheduler::training::Training;
 use crate::scheduler::{Scheduler, ShardState};
 
 /// Waiting shards of a run whose reason is worked out for its detail; the reasons of the others are the same few.
@@ -60,6 +64,7 @@ impl View<'_> {
             file: run.file.clone(),
             sweep: run.text.clone(),
             shards: shards.map(row).collect(),
+            trainings: (0u32..).zip(&run.trainings).map(|(number, one)| training_row(run, number, one)).collect(),
         })
     }
 
@@ -163,7 +168,9 @@ impl View<'_> {
                 Some(u64::from(self.per_mille(ShardId { run: id, index: *index }, attempt)))
             })
             .sum();
-        let done = (over + under_way) / u64::from(shards.total().max(1));
+        let to_come: u64 = (0u32..).zip(&run.trainings).map(|(number, _)| u64::from(run.shards_to_come(number))).sum();
+        let to_come = if run.state.is_terminal() { 0 } else { to_come };
+        let done = (over + under_way) / (u64::from(shards.total()) + to_come).max(1);
         RunSummary {
             id,
             name: run.name.clone(),
@@ -388,6 +395,36 @@ pub(super) fn failure_row(id: ShardId, shard: &Shard) -> Option<FailureRow> {
         hint: failure.hint.clone(),
         at_ms,
     })
+}
+
+/// What a training has come to; loss and gates are left for who reads the store.
+fn training_row(run: &Run, number: u32, training: &Training) -> TrainingRow {
+    let spec = &training.spec;
+    let method = match &spec.method {
+        Method::Ridge(_) => "ridge".to_owned(),
+        Method::Fuser(recipe) => format!("fuser of width {}", recipe.hidden),
+    };
+    let steps = |shard: &&Shard| match &shard.spec {
+        ShardSpec::ProjectorTrain(spec) => matches!(spec.stage, Stage::Steps { .. }),
+        _ => false,
+    };
+    let rounds = run.rounds.iter().filter(|round| round.training == number).rev();
+    let shards = rounds.flat_map(|round| round.indices().rev()).filter_map(|index| run.shards.get(index as usize));
+    let newest = shards.filter(steps).find_map(|shard| {
+        let seat = shard.committed_attempt()?.seat(Role::Target)?;
+        output_rows(seat).find(|output| output.name == RESULT_NAME)
+    });
+    TrainingRow {
+        experiment: run.groups.get(training.group as usize).map(|group| group.name.clone()).unwrap_or_default(),
+        what: format!("{method} {} -> {}", spec.source, spec.target),
+        counted: run.samples_counted(number),
+        samples: spec.samples(),
+        shards_to_come: run.shards_to_come(number),
+        ended: training.ended,
+        newest,
+        loss: None,
+        gates_open: None,
+    }
 }
 
 pub(super) fn output_rows(seat: &Seat) -> impl Iterator<Item = OutputRow> {

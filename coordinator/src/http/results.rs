@@ -8,10 +8,9 @@ use protocol::results::ShardResult;
 use protocol::store::Store;
 use protocol::store::threads::StoreThreads;
 
-use crate::api::{ApiError, ErrorCode, RunResults, SeatResult};
+use crate::api::{ApiError, ErrorCode, OutputRow, RESULT_NAME, RunResults, SeatResult, TrainingRow};
+use crate::report::projector::gates_open;
 
-/// Name of the artifact that holds what a seat measured.
-const RESULT_NAME: &str = "result.json";
 /// Files read in one call of the store: few enough to be done well within its deadline.
 const FILES_PER_CALL: usize = 64;
 
@@ -39,6 +38,29 @@ pub(super) async fn fill(answer: &mut RunResults, store: &Store, threads: &Store
                 Some(Err(why)) => seat.unreadable = Some(why),
                 None => {}
             }
+        }
+    }
+    Ok(())
+}
+
+/// Fills in what the newest steps of each training said. What cannot be read is left out: it is told in the results.
+///
+/// # Errors
+/// [`ErrorCode::Internal`] if the store does not answer.
+pub(super) async fn fill_trainings(
+    trainings: &mut [TrainingRow],
+    store: &Store,
+    threads: &StoreThreads,
+) -> Result<(), ApiError> {
+    for training in trainings {
+        let Some(OutputRow { hash, bytes, .. }) = training.newest.clone() else { continue };
+        let store = store.clone();
+        let read = threads.run(move || read_result(&store, hash, bytes)).await;
+        let read = read.map_err(|stalled| ApiError::new(ErrorCode::Internal, stalled.to_string()))?;
+        if let Ok(ShardResult::ProjectorSteps(steps)) = read {
+            training.loss = steps.steps.last().map(|row| row.loss);
+            let count = |gates: usize| u32::try_from(gates).unwrap_or(u32::MAX);
+            training.gates_open = Some((count(gates_open(&steps.gates)), count(2 * steps.gates.len())));
         }
     }
     Ok(())

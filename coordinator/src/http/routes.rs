@@ -85,7 +85,9 @@ async fn runs(State(parts): Parts) -> Answer<Vec<RunSummary>> {
 }
 
 async fn run(State(parts): Parts, Path(id): Path<String>) -> Answer<RunDetail> {
-    Ok(Json(parts.driver.run(parse(&id)?).await?))
+    let mut run = parts.driver.run(parse(&id)?).await?;
+    results::fill_trainings(&mut run.trainings, &parts.store, &parts.store_threads).await?;
+    Ok(Json(run))
 }
 
 async fn run_results(State(parts): Parts, Path(id): Path<String>) -> Answer<RunResults> {

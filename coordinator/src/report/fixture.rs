@@ -387,6 +387,7 @@ pub(crate) fn detail(results: &RunResults) -> RunDetail {
         file: "sweep.toml".to_owned(),
         sweep: format!("name = \"{HOSTILE}\" # </pre>\n"),
         shards: results.shards.iter().map(row).collect(),
+        trainings: Vec::new(),
     }
 }
 

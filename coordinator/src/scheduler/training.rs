@@ -8,12 +8,13 @@ use std::ops::Range;
 
 use protocol::control::Output;
 use protocol::experiment::ShardSpec;
-use protocol::experiment::projector::{Need, Needed, Stage, TrainSpec};
+use protocol::experiment::projector::{Method, Need, Needed, Stage, TrainSpec};
 use protocol::group::Group;
 use protocol::ids::{ArtifactHash, Role};
 use serde::{Deserialize, Serialize};
 
-use super::state::Run;
+use super::state::{Run, Shard};
+use super::status::ShardState;
 
 /// A training of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -84,6 +85,13 @@ pub(super) fn output_of(run: &Run, index: u32, role: Role, name: &str) -> Output
     found.cloned().unwrap_or_else(|| nothing(name))
 }
 
+fn stage(shard: &Shard) -> Option<&Stage> {
+    match &shard.spec {
+        ShardSpec::ProjectorTrain(spec) => Some(&spec.stage),
+        _ => None,
+    }
+}
+
 fn nothing(name: &str) -> Output {
     Output { name: name.to_owned(), hash: ArtifactHash([0; 32]), bytes: 0 }
 }
@@ -117,6 +125,37 @@ impl Run {
         };
         let named = |need: Need| found(&need.what).map(|artifact| Output { name: need.name, ..artifact });
         spec.needs().into_iter().filter_map(named).collect()
+    }
+
+    /// Samples of a training that count: those of its committed shards.
+    pub fn samples_counted(&self, training: u32) -> u64 {
+        let committed =
+            |index: u32| self.shards.get(index as usize).filter(|shard| shard.state == ShardState::Committed);
+        let rounds = self.rounds.iter().filter(|round| round.training == training);
+        let samples = rounds.flat_map(OpenedRound::indices).filter_map(|index| stage(committed(index)?)?.samples());
+        samples.map(|samples| u64::from(samples.count)).sum()
+    }
+
+    /// Shards that a training will still open, if its rounds go on as the newest did; before the first, as if one replica did
+    /// all of it.
+    pub fn shards_to_come(&self, number: u32) -> u32 {
+        let Some(training) = self.trainings.get(number as usize).filter(|training| !training.ended) else { return 0 };
+        let recipe = match (&training.spec.method, &training.spec.stage, training.rounds) {
+            (Method::Ridge(_), Stage::Whole { shards }, 0) => return shards.min(&training.spec.corpus.samples) + 1,
+            (Method::Ridge(_), _, rounds) => return u32::from(rounds == 1),
+            (Method::Fuser(recipe), ..) => recipe,
+        };
+        let samples = |round: &OpenedRound| -> u64 {
+            let shards = round.indices().filter_map(|index| stage(self.shards.get(index as usize)?)?.samples());
+            shards.map(|samples| u64::from(samples.count)).sum()
+        };
+        let stepped = self.rounds.iter().rev().filter(|round| round.training == number);
+        let newest = stepped.map(|round| (u64::from(round.count), samples(round))).find(|(_, samples)| *samples > 0);
+        let typical = u64::from(recipe.batch.max(1)) * u64::from(recipe.local_steps.max(1));
+        let (replicas, of_round) = newest.unwrap_or((1, typical));
+        let rounds = training.spec.samples().saturating_sub(training.assigned).div_ceil(of_round);
+        let outer = u64::from(training.rounds % 2);
+        u32::try_from(rounds.saturating_mul(replicas + 1).saturating_add(outer)).unwrap_or(u32::MAX)
     }
 
     fn round_of(&self, index: u32) -> Option<&OpenedRound> {

@@ -127,7 +127,12 @@ fn a_fuser_steps_and_meets_until_every_sample_is_counted() {
         training(ridge(), 10, 1),
         training(fuser(64, Some(ProjectorRef::Trained(0))), 300, 2),
     ]));
+    assert_eq!(lab.state().runs[&run].shards_to_come(0), 1);
+    // As if one replica did 300 samples in rounds of 64.
+    assert_eq!(lab.state().runs[&run].shards_to_come(1), 10);
     let starts = play(&mut lab, run);
+    assert_eq!((0..2).map(|number| lab.state().runs[&run].shards_to_come(number)).sum::<u32>(), 0);
+    assert_eq!(lab.state().runs[&run].samples_counted(1), 300);
     let of = |index| stage(&lab, shard(run, index));
     // Statistics, solution, then rounds of two replicas: 16 steps of 4 samples each.
     let Stage::Steps { samples, start: None, .. } = of(2) else { panic!("local steps from the recipe's weights") };

@@ -280,6 +280,7 @@ impl State {
         self.open_attempt_mut(id)?;
         let shard = self.shard_mut(id.shard)?;
         let (class, units) = (seat_class(&shard.spec.work_class(), role), shard.spec.work_units());
+        let is_shared_out = training::is_step(&shard.spec);
         let seat = self.seat_mut(id, role)?;
         if seat.outcome.is_some() {
             return Err(format!("seat {role} of {id} is done already"));
@@ -295,6 +296,9 @@ impl State {
         // A clock in milliseconds says 0 for what took less than one.
         let wall_us = (completed.usage.wall_ms * 1000).max(500);
         self.table.learn(&class, &model, units, wall_us);
+        if is_shared_out {
+            self.paces.learn(&class, &device.to_string(), units, wall_us);
+        }
         if completed.usage.memory_peak_bytes > 0 {
             self.peaks.entry(class).or_default().saw(completed.usage.memory_peak_bytes);
         }

@@ -42,6 +42,9 @@ pub struct State {
     pub runs: BTreeMap<RunId, Run>,
     /// The throughput table.
     pub table: Table,
+    /// The same by device instead of device model, for classes whose work is shared out by it: local steps of a training. Two boxes
+    /// with one processor differ in clock, memory and what else they do.
+    pub paces: Table,
     /// Memory that work classes were seen to take, by seat class.
     pub peaks: BTreeMap<String, Peak>,
     /// Bytes that a unit of work sends from seat to seat, by work class, as the last gang said.

@@ -161,6 +161,11 @@ impl Table {
             .flat_map(|(class, row)| row.iter().map(move |(model, cell)| (class.as_str(), model.as_str(), cell)))
     }
 
+    /// Whether anything was learned of a class.
+    pub fn knows(&self, class: &str) -> bool {
+        self.cells.contains_key(class)
+    }
+
     /// The cell of a pair.
     pub fn cell(&self, class: &str, model: &str) -> Option<&Cell> {
         self.cells.get(class)?.get(model)
@@ -169,7 +174,7 @@ impl Table {
     /// Predicts a unit of `class` on `model`; `prior` guesses it for any device model from benchmarks or the catalogue.
     pub fn predict(&self, class: &str, model: &str, prior: impl Fn(&str) -> Prior) -> Estimate {
         if let Some(cell) = self.cell(class, model) {
-            return Estimate { unit_us: cell.mean.value(), spread: cell.spread(), basis: Basis::Measured };
+            return cell.estimate();
         }
         let level = |model: &str| Octaves::of(prior(model).unit_us);
         let (mean, weight) = match self.cells.get(class) {
@@ -249,6 +254,11 @@ impl Table {
 }
 
 impl Cell {
+    /// What it predicts.
+    pub fn estimate(&self) -> Estimate {
+        Estimate { unit_us: self.mean.value(), spread: self.spread(), basis: Basis::Measured }
+    }
+
     /// Standard deviation of the logarithm, 1/1024 octaves: what was seen, and what few samples leave open.
     pub fn spread(&self) -> u32 {
         let open = u64::try_from(SPREAD_UNKNOWN * SPREAD_UNKNOWN / 16).unwrap_or(0) / u64::from(self.samples.max(1));

@@ -85,6 +85,11 @@ pub(super) fn output_of(run: &Run, index: u32, role: Role, name: &str) -> Output
     found.cloned().unwrap_or_else(|| nothing(name))
 }
 
+/// Whether a shard is a replica's local steps.
+pub(super) fn is_step(spec: &ShardSpec) -> bool {
+    matches!(spec, ShardSpec::ProjectorTrain(spec) if matches!(spec.stage, Stage::Steps { .. }))
+}
+
 fn stage(shard: &Shard) -> Option<&Stage> {
     match &shard.spec {
         ShardSpec::ProjectorTrain(spec) => Some(&spec.stage),

@@ -242,6 +242,11 @@ impl<'a> View<'a> {
         if self.state.settings.policy == Policy::SpeedFactor {
             return Estimate { unit_us: prior(&row.body.model).unit_us, spread: 1024, basis: Basis::Prior };
         }
+        if self.state.paces.knows(class)
+            && let Some(cell) = self.state.paces.cell(class, &row.device.to_string())
+        {
+            return cell.estimate();
+        }
         self.live.times.predict(&self.state.table, class, &row.body.model, prior)
     }
 

@@ -183,6 +183,34 @@ fn unequal_replicas_end_together() {
 }
 
 #[test]
+fn boxes_of_one_kind_are_told_apart_once_they_have_stepped() {
+    let mut lab = Lab::new();
+    let workers = [lab.online(), lab.online(), lab.online()];
+    let unit_ms = [400, 100, 200];
+    let run = lab.submit_run(new_trainings(vec![training(fuser(64, None), 8_000, 3)]));
+    let mut spreads = Vec::new();
+    for _ in 0..4 {
+        let mut ends = Vec::new();
+        for id in in_state(&lab, run, ShardState::Running) {
+            let at = workers.iter().position(|worker| *worker == lab.open(id).1[0]).unwrap();
+            let ms = u64::from(stage(&lab, id).samples().unwrap().count) * unit_ms[at];
+            ends.push((id, ms));
+        }
+        let all = || ends.iter().map(|(_, ms)| *ms);
+        spreads.push((ends.len(), all().max().unwrap() * 100 / all().min().unwrap()));
+        for (id, ms) in ends {
+            lab.wall_ms = ms;
+            finish(&mut lab, id);
+        }
+        let outer = in_state(&lab, run, ShardState::Running)[0];
+        finish(&mut lab, outer);
+    }
+    // Equal shares at first, for nothing is known of them: four times as long.
+    assert_eq!(spreads[0], (3, 400));
+    assert!(spreads[1..].iter().all(|(replicas, percent)| *replicas == 3 && *percent <= 115), "{spreads:?}");
+}
+
+#[test]
 fn who_joins_or_leaves_matters_in_the_next_round() {
     let mut lab = Lab::new();
     let first = lab.online();

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use worker::executor::{failure::chain, serve};
 use worker::support::BuildSupport;
-use worker::tool::ModelCommand;
 use worker::tool::measure::measure;
+use worker::tool::{ModelCommand, ProjectorCommand};
 
 /// Computes shards for an agent. Started by `bonepile-worker`; without a subcommand not meant for a terminal.
 #[derive(Debug, Parser)]
@@ -25,6 +25,9 @@ enum Command {
     /// One model by hand, without a cluster.
     #[command(subcommand)]
     Model(Box<ModelCommand>),
+    /// A projector between two models by hand, without a cluster.
+    #[command(subcommand)]
+    Projector(ProjectorCommand),
     /// What this build's device does with f32 products and with its memory; takes about a second.
     Measure {
         /// One JSON document.
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
     match cli.command {
         Some(Command::Model(command)) => return command.run_to_exit(),
+        Some(Command::Projector(command)) => return command.run_to_exit(),
         Some(Command::Support { json }) => return say(&BuildSupport::this(), &BuildSupport::this().to_string(), json),
         Some(Command::Measure { json }) => return measured(cli.threads, json),
         None => {}

@@ -73,17 +73,17 @@ impl Fact {
     }
 }
 
-/// First token of each city as it follows a space, in the order of [`CITIES`].
+/// First token of each candidate as it follows a space.
 ///
 /// # Errors
-/// [`ExperimentError::Candidates`] if two cities share it: a choice between them would mean nothing.
-pub fn candidate_tokens(tokenizer: &Tokenizer) -> Result<Vec<u32>, ExperimentError> {
-    let mut tokens: Vec<u32> = Vec::with_capacity(CITIES.len());
-    for city in CITIES {
-        let ids = tokenizer.encode(&format!(" {city}"))?;
+/// [`ExperimentError::Candidates`] if two share it: a choice between them would mean nothing.
+pub fn candidate_tokens(tokenizer: &Tokenizer, candidates: &[&str]) -> Result<Vec<u32>, ExperimentError> {
+    let mut tokens: Vec<u32> = Vec::with_capacity(candidates.len());
+    for candidate in candidates {
+        let ids = tokenizer.encode(&format!(" {candidate}"))?;
         let first = *ids.first().expect("text that is not empty has tokens");
         if let Some(same) = tokens.iter().position(|token| *token == first) {
-            let (first, second) = (CITIES[same].to_owned(), city.to_owned());
+            let (first, second) = (candidates[same].to_owned(), (*candidate).to_owned());
             return Err(ExperimentError::Candidates { first, second });
         }
         tokens.push(first);

@@ -1,17 +1,19 @@
 //! Experiment procedures: one file a kind, from inputs to measures.
 //!
-//! Pure given a model: no clock, no network, no store, all randomness from seeds in the spec. What goes in and what comes
+//! Pure given a model: no network, no store, all randomness from seeds in the spec, and no clock but where a result is a time. What goes in and what comes
 //! out is `protocol::experiment` and `protocol::results`; who calls and where files go is the executor's.
 //!
 //! Layout:
 //! - [`facts`]: the courier facts that all kinds read.
 //! - [`inspect`]: shape and statistics of a cache.
+//! - `measure`: distances between distributions.
 //! - [`projector`]: training projectors between two models, and measuring them.
 //! - [`transfer`]: a cache made by one model instance and injected by another, against oracle and controls.
 
 pub mod error;
 pub mod facts;
 pub mod inspect;
+mod measure;
 pub mod projector;
 pub mod transfer;
 

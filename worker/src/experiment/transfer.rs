@@ -13,6 +13,7 @@ use protocol::results::{TransferItem, TransferResult};
 use super::error::ExperimentError;
 use super::facts::{CITIES, Fact, candidate_tokens};
 use super::inspect::max_abs;
+use super::measure::{kl, log_softmax};
 use super::{Progress, model_facts};
 use crate::cache::{KvCache, Matched, Part};
 use crate::model::{Context, Model, ModelError, Sampler, argmax};
@@ -101,7 +102,8 @@ pub fn score(
     progress: &mut Progress<'_>,
 ) -> Result<TransferResult, ExperimentError> {
     check(spec)?;
-    let mut target = Target { model, spec, candidates: candidate_tokens(model.tokenizer())?, packets: BTreeMap::new() };
+    let mut target =
+        Target { model, spec, candidates: candidate_tokens(model.tokenizer(), &CITIES)?, packets: BTreeMap::new() };
     let mut items = Vec::new();
     for (done, index) in (0..).zip(spec.first_fact..spec.first_fact + spec.facts) {
         progress(done, spec.facts, &format!("fact {} of {}", done + 1, spec.facts))?;
@@ -297,30 +299,5 @@ impl Target<'_> {
     fn other(&self, index: u32) -> u32 {
         let last = self.spec.first_fact + self.spec.facts - 1;
         if index == last { index - 1 } else { index + 1 }
-    }
-}
-
-/// KL(p ‖ q) of the distributions that two rows of logits mean, nats.
-fn kl(p: &[f32], q: &[f32]) -> f64 {
-    let (p, q) = (log_softmax(p), log_softmax(q));
-    p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0)
-}
-
-fn log_softmax(logits: &[f32]) -> Vec<f64> {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let shifted = || logits.iter().map(|logit| f64::from(*logit) - f64::from(largest));
-    let log_sum = shifted().map(f64::exp).sum::<f64>().ln();
-    shifted().map(|logit| logit - log_sum).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn kl_is_zero_for_equal_rows_and_right_for_a_coin() {
-        assert_eq!(kl(&[1.0, 2.0, -3.0], &[1.0, 2.0, -3.0]), 0.0);
-        let expected = 0.5 * (0.5_f64 / 0.75).ln() + 0.5 * (0.5_f64 / 0.25).ln();
-        assert!((kl(&[0.0, 0.0], &[3.0_f32.ln(), 0.0]) - expected).abs() < 1e-6);
     }
 }

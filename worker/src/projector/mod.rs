@@ -95,6 +95,13 @@ impl Projector {
         &self.manifest
     }
 
+    #[cfg(test)]
+    pub(crate) fn as_ridge(&self) -> &Ridge {
+        match &self.method {
+            Trained::Ridge(ridge) => ridge,
+        }
+    }
+
     /// Trained numbers.
     pub fn parameters(&self) -> u64 {
         match &self.method {

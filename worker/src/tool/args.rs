@@ -199,6 +199,9 @@ pub enum ToolError {
     /// Temperature, top-k or top-p choose nothing.
     #[error("cannot sample with {0}")]
     Sampling(#[from] SamplingError),
+    /// A procedure failed.
+    #[error("cannot do the experiment")]
+    Experiment(#[from] crate::experiment::ExperimentError),
     /// stdout could not be written.
     #[error("cannot write the answer")]
     Output(#[from] std::io::Error),

@@ -6,16 +6,19 @@
 //! Layout:
 //! - [`args`]: the command line, and finding the model.
 //! - [`show`]: architecture, tensors, memory, shape. [`run`]: prompts. [`mod@bench`]: rates and peak memory.
+//! - [`projector`]: a projector between two models, trained and measured in one process.
 
 pub mod args;
 pub mod bench;
 pub mod measure;
+pub mod projector;
 pub mod run;
 pub mod show;
 
 use std::process::ExitCode;
 
 pub use args::{ModelCommand, ToolError};
+pub use projector::ProjectorCommand;
 
 use crate::executor::failure::chain;
 

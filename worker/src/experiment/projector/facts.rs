@@ -8,7 +8,6 @@ use protocol::experiment::projector::Tier;
 
 use crate::experiment::ExperimentError;
 use crate::experiment::facts::{CITIES, FACTS_MAX, Fact};
-use crate::model::Tokenizer;
 
 /// Places that no text that the project makes up for training has; each one token in the models we ship tests for.
 pub const UNSEEN: [&str; 8] = ["Vienna", "Sydney", "Toronto", "Moscow", "Dublin", "Seattle", "Athens", "Miami"];
@@ -58,24 +57,6 @@ fn pair(asked: &Fact, other: &Fact, index: u32) -> String {
     let (first, second) = if index.is_multiple_of(2) { (asked, other) } else { (other, asked) };
     let phrase = |Fact { name, job, city }: &Fact| format!("{name} is a {job} who lives in {city}");
     format!("{}, and {}.", phrase(first), phrase(second))
-}
-
-/// First token of each candidate as it follows a space.
-///
-/// # Errors
-/// [`ExperimentError::Candidates`] if two share it: a choice between them would mean nothing.
-pub fn candidate_tokens(tokenizer: &Tokenizer, candidates: &[&str]) -> Result<Vec<u32>, ExperimentError> {
-    let mut tokens: Vec<u32> = Vec::with_capacity(candidates.len());
-    for candidate in candidates {
-        let ids = tokenizer.encode(&format!(" {candidate}"))?;
-        let first = *ids.first().expect("text that is not empty has tokens");
-        if let Some(same) = tokens.iter().position(|token| *token == first) {
-            let (first, second) = (candidates[same].to_owned(), (*candidate).to_owned());
-            return Err(ExperimentError::Candidates { first, second });
-        }
-        tokens.push(first);
-    }
-    Ok(tokens)
 }
 
 #[cfg(test)]

@@ -2,7 +2,9 @@
 //!
 //! Layout:
 //! - [`train`]: caches of samples from the source's seat, sums at the target's, the solution.
-//! - [`facts`]: what is asked in each tier.
+//! - [`facts`]: what is asked in each tier. [`eval`]: every condition, scored. `fit`: R².
 
+pub mod eval;
 pub mod facts;
+mod fit;
 pub mod train;

@@ -15,6 +15,8 @@
 mod moments;
 pub mod solve;
 pub mod statistics;
+#[cfg(test)]
+mod tests;
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};

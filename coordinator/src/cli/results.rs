@@ -45,29 +45,44 @@ pub async fn results(context: &mut Context, args: &OneRun) -> Outcome {
 /// As [`super::client::Client`]'s; the store's.
 pub async fn report(context: &mut Context, args: &OneRun) -> Outcome {
     let client = context.client()?;
-    let (path, results) = write_report(&client, args.run).await?;
-    let shown = path.display();
-    context.show(&Document::new(&json!({ "report": path }), format!("{shown}\n")))?;
+    let Written { page, events, results } = write_report(&client, args.run).await?;
+    let shown = page.display();
+    context.show(&Document::new(&json!({ "report": page, "tensorboard": events }), format!("{shown}\n")))?;
+    if let Some(events) = events {
+        context.output.note(&format!("its trainings for TensorBoard: tensorboard --logdir {}", events.display()));
+    }
     note_what_is_missing(context, &results.summary);
     Ok(exit_code(&results.summary))
+}
+
+/// What was written of a run.
+#[derive(Debug)]
+pub struct Written {
+    /// The page.
+    pub page: PathBuf,
+    /// The folder with event files, if anything was trained.
+    pub events: Option<PathBuf>,
+    /// What they were made from.
+    pub results: RunResults,
 }
 
 /// Renders the report of a run and puts it into the store; returns where it is.
 ///
 /// # Errors
 /// As [`report`].
-pub async fn write_report(client: &Client, run: protocol::ids::RunId) -> Result<(PathBuf, RunResults), Failure> {
+pub async fn write_report(client: &Client, run: protocol::ids::RunId) -> Result<Written, Failure> {
     let results: RunResults = client.get(&route::results(run)).await?;
     let detail: RunDetail = client.get(&route::run(run)).await?;
     let cluster: ClusterInfo = client.get(route::CLUSTER).await?;
     let page = render(&ReportInput { results: &results, run: &detail, cluster: &cluster })?;
     let store = Store::open(cluster.store_path.as_ref(), None)?;
-    let path = store.write_report(run, "report.html", page.as_bytes())?;
-    let events = event_files(&results, &detail);
-    if !events.is_empty() {
-        store.write_report_folder(run, "tensorboard", &events)?;
-    }
-    Ok((path, results))
+    let page = store.write_report(run, "report.html", page.as_bytes())?;
+    let files = event_files(&results, &detail);
+    let events = match files.is_empty() {
+        true => None,
+        false => Some(store.write_report_folder(run, "tensorboard", &files)?),
+    };
+    Ok(Written { page, events, results })
 }
 
 /// Results of a run with shards missing are results in part.

@@ -113,7 +113,7 @@ async fn story(
         detail = watch::follow_quietly(context, &client, answer.run) => detail?,
         failure = children.first_to_end() => return Err(failure),
     };
-    let (path, results) = results::write_report(&client, answer.run).await?;
+    let results::Written { page: path, results, .. } = results::write_report(&client, answer.run).await?;
     let summary = Summary::of(&results);
     let text = ending(&detail, &summary, context.output.style(), &path);
     let data = json!({ "run": detail.summary, "summary": summary, "report": path, "store": made.config.store_path });

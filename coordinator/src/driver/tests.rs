@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use protocol::control::{Heartbeat, SeatSettled, SeatWrote};
+use protocol::control::{Download, Heartbeat, Output, SeatSettled, SeatWrote};
 use protocol::control::{HeldSeat, Hello, SeatFinished, StartSeat, ToCoordinator, ToWorker, Usage, refusal};
+use protocol::experiment::projector::{STATISTICS, TrainSpec};
 use protocol::experiment::{InspectSpec, LayerSelection, ShardSpec};
+use protocol::group::Group;
 use protocol::hardware::{Device, DeviceKind, Telemetry};
-use protocol::ids::{DeviceId, RunId, ShardId, WorkerId};
+use protocol::ids::{ArtifactHash, DeviceId, Role, RunId, ShardId, WorkerId};
 use protocol::store::Store;
 use protocol::store::threads::StoreThreads;
 use protocol::time::UnixMillis;
@@ -18,6 +20,7 @@ use crate::api::{ErrorCode, RunState, ShardState};
 use crate::journal::JournalThread;
 use crate::journal::memory::MemoryJournal;
 use crate::scheduler::{Event, Settings};
+use crate::sim::make;
 
 const KEY: [u8; 32] = [3; 32];
 const MODEL: &str = "smollm2-135m-instruct";
@@ -348,4 +351,46 @@ async fn what_a_program_writes_is_at_hand_while_it_runs_and_an_artifact_later() 
     let log = bench.driver.log(shard, 7).await.unwrap();
     assert_eq!((log.state, log.ended, log.artifact.unwrap().hash), (ShardState::Committed, true, hash));
     assert_eq!(bench.driver.log(ShardId { index: 9, ..shard }, 0).await.unwrap_err().code, ErrorCode::NotFound);
+}
+
+#[tokio::test]
+async fn inputs_of_open_attempts_are_served_and_named_in_manifests() {
+    let bench = Bench::new().await;
+    let worker = bench.worker().await;
+    let (outbox, mut messages) = mpsc::channel(16);
+    bench.driver.connected(worker, 1, hello(Vec::new()), observed(), KEY, outbox).await.unwrap();
+    bench.driver.message(worker, 1, heartbeat()).await.unwrap();
+    let pair = MODEL.to_owned();
+    let training = TrainSpec { source: pair.clone(), target: pair, ..make::training(make::ridge(), 8, 1) };
+    let groups = vec![Group { trainings: vec![training], ..Group::default() }];
+    let answer = bench.driver.submit(NewRun { groups, specs: Vec::new(), ..new_run() }).await.unwrap();
+    assert_eq!(answer.shards, 1, "the shards that there are");
+    let sums = bench.store.publish_bytes(b"sums").unwrap();
+    for _ in 0..2 {
+        let start = next_start(&mut messages).await;
+        let mut done = finished(&start, &bench.store);
+        if let (ToCoordinator::SeatFinished(done), Role::Target) = (&mut done, start.role) {
+            done.outputs.push(Output { name: STATISTICS.to_owned(), hash: sums.0, bytes: sums.1 });
+        }
+        bench.driver.message(worker, 1, done).await.unwrap();
+    }
+    let solve = next_start(&mut messages).await;
+    assert_eq!(solve.inputs, [Output { name: format!("0-{STATISTICS}"), hash: sums.0, bytes: sums.1 }]);
+    let ask = async |worker, hash| {
+        let download = Download { attempt: solve.attempt, hash };
+        bench.driver.input(worker, download).await.unwrap().is_some()
+    };
+    assert!(ask(worker, sums.0).await);
+    assert!(!ask(worker, ArtifactHash::of(b"another")).await && !ask(WorkerId(9), sums.0).await);
+
+    bench.driver.message(worker, 1, finished(&solve, &bench.store)).await.unwrap();
+    while !next_settled(&mut messages).await.counted {}
+    bench.manifests_written().await;
+    let manifests = bench.store.read_manifests(answer.run).unwrap();
+    let used: Vec<_> = manifests.iter().map(|manifest| manifest.inputs.len()).collect();
+    assert_eq!(used, [0, 1]);
+    assert!(!ask(worker, sums.0).await, "the attempt is over");
+    let detail = bench.driver.run(answer.run).await.unwrap();
+    assert!(detail.trainings[0].ended && detail.trainings[0].counted == 8);
+    assert_eq!(detail.summary.state, RunState::Complete);
 }

@@ -3,6 +3,7 @@
 //! Beside the page, trainings have event files for TensorBoard. Reads what the API answers, nothing else; writing into the store
 //! is the caller's.
 
+mod csv;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod page;

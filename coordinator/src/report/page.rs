@@ -4,19 +4,17 @@
 //! loads nothing: no script, no font, no picture from elsewhere.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use minijinja::{AutoEscape, Environment, Value, context};
 use protocol::experiment::Condition;
 use protocol::limits::clean_text;
-use protocol::results::ShardResult;
 
 use super::plots::{self, Axis, Interval, LayerPoint, PlotError, RowPoint};
-use super::projector_page;
 use super::stats::{Mean, Proportion};
 use super::summary::{ConditionRow, ROUNDING_LOGIT_MAX, Summary, Transfer};
+use super::{csv, projector_page};
 use crate::api::{ClusterInfo, RunDetail, RunResults};
 use crate::cli::text::{bytes, duration_ms, moment};
 
@@ -73,7 +71,8 @@ pub fn render(input: &ReportInput<'_>) -> Result<String, ReportError> {
         sweep => clean_text(&input.run.sweep),
         sweep_file => clean_text(&input.run.file),
         json_base64 => STANDARD.encode(&json),
-        csv_base64 => STANDARD.encode(items_csv(input.results)),
+        csv_base64 => STANDARD.encode(csv::transfers(input.results)),
+        evaluation_csv_base64 => STANDARD.encode(csv::evaluations(input.results)),
     })?;
     Ok(page)
 }
@@ -389,44 +388,4 @@ pub(crate) fn exponent(value: f64) -> String {
         middle if (0.01..1000.0).contains(&middle) => figure(value),
         _ => format!("{value:.1e}"),
     }
-}
-
-/// Every item of every transfer, for spreadsheets. Texts are quoted, quotes doubled.
-fn items_csv(results: &RunResults) -> String {
-    let mut csv = String::from(
-        "shard,model,fact,condition,answer,packet_answer,choice,p_answer,exact,kl_nats,logit_max_abs,stalled,generated\n",
-    );
-    for shard in &results.shards {
-        for seat in &shard.seats {
-            let Some(ShardResult::Transfer(result)) = &seat.result else { continue };
-            for item in &result.items {
-                writeln!(
-                    csv,
-                    "{},{},{},{},{},{},{},{},{},{},{},{},{}",
-                    shard.id,
-                    quoted(&result.model.name),
-                    item.fact,
-                    item.condition,
-                    quoted(&item.answer),
-                    quoted(&item.packet_answer),
-                    quoted(&item.choice),
-                    item.p_answer,
-                    item.exact,
-                    item.kl,
-                    item.logit_max_abs,
-                    item.stalled,
-                    quoted(&item.generated),
-                )
-                .expect("writing to a String cannot fail");
-            }
-        }
-    }
-    csv
-}
-
-/// A spreadsheet takes a cell that starts so for a formula: a quote in front makes it text again.
-fn quoted(text: &str) -> String {
-    let text = clean_text(text);
-    let guard = if text.starts_with(['=', '+', '-', '@']) { "'" } else { "" };
-    format!("\"{guard}{}\"", text.replace('"', "\"\""))
 }

@@ -140,6 +140,10 @@ fn projectors_have_a_page_and_event_files() {
     assert_eq!(page.matches("<svg").count(), 1 + 3 + 2 * 3);
     assert!(page.contains("60 B and 12.00 ms by text relay"), "what sending text would take");
 
+    let csv = super::csv::evaluations(&results);
+    assert_eq!(csv.lines().count(), 1 + 3 * 16 * 7);
+    assert!(csv.lines().all(|line| line.matches(',').count() >= 16) && csv.contains("r7.10,"));
+
     let files = super::tensorboard::event_files(&results, &detail(&results));
     let names: Vec<_> = files.iter().map(|(name, _)| name.split('/').collect::<Vec<_>>()).collect();
     let folders: Vec<_> = names.iter().map(|parts| parts[..parts.len() - 1].join("/")).collect();

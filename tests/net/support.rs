@@ -240,8 +240,8 @@ async fn drive(
                 let _ = reply.send(script.denied.get(&worker).map_or(Ok(()), |code| Err(*code)));
             }
             Command::Input { worker, download, reply } => {
-                let inputs = script.inputs.get(&worker).into_iter().flatten();
-                let input = inputs.cloned().find(|input| input.hash == download.hash);
+                let mut inputs = script.inputs.get(&worker).into_iter().flatten();
+                let input = inputs.find(|input| input.hash == download.hash).cloned();
                 drop(reply.send(Ok(input)));
             }
             Command::RevokeToken { id, reply } => {

@@ -136,6 +136,7 @@ impl Scheduler {
             let open = run.open_trainings(*earlier);
             let of = match open {
                 0 => format!("{left} shards have not committed"),
+                1 => "a training has not ended".to_owned(),
                 open => format!("{open} trainings have not ended"),
             };
             return Some(format!("waits for experiment `{name}`, of which {of}"));

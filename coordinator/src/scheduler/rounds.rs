@@ -72,8 +72,7 @@ fn next(view: View<'_>, run: &Run, number: u32) -> Next {
         }
         (Method::Fuser(_), Some((round, Some(Stage::Steps { .. })))) => Next::Open(vec![outer(run, training, round)]),
         (Method::Fuser(recipe), _) if training.assigned < training.spec.samples() => {
-            let require = run.groups[training.group as usize].require.clone();
-            Next::Open(steps(view, training, recipe, require))
+            Next::Open(steps(view, run, training, recipe))
         }
         _ => Next::End,
     }
@@ -97,8 +96,11 @@ fn statistics(spec: &TrainSpec) -> Vec<TrainSpec> {
 }
 
 /// Local steps for each replica of the next round.
-fn steps(view: View<'_>, training: &Training, recipe: &FuserRecipe, require: Require) -> Vec<TrainSpec> {
+fn steps(view: View<'_>, run: &Run, training: &Training, recipe: &FuserRecipe) -> Vec<TrainSpec> {
     let Stage::Whole { shards } = training.spec.stage else { return Vec::new() };
+    let require = run.groups[training.group as usize].require.clone();
+    // Replicas that may not run at once would wait for each other.
+    let most = if run.running_max == 0 { shards } else { shards.min(run.running_max) };
     let mut spec = training.spec.clone();
     if recipe.hidden == 0 {
         spec = with_width(&spec, width(view, &spec, &require));
@@ -110,7 +112,7 @@ fn steps(view: View<'_>, training: &Training, recipe: &FuserRecipe, require: Req
         spec.at(stage)
     };
     let request = request(view.state, &spec.at(FIRST_STEP), require);
-    let times = unit_times(view, &request, shards as usize);
+    let times = unit_times(view, &request, most as usize);
     let steps = match recipe.shares {
         Shares::Speed => local_steps(&times, recipe.local_steps),
         Shares::Equal => vec![recipe.local_steps.into(); times.len()],

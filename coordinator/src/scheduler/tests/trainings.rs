@@ -95,7 +95,11 @@ fn ridge_is_statistics_in_any_order_and_one_solution() {
     let run = NewRun { groups: vec![train, test], ..new_run(0, vec![evaluation(ProjectorRef::Trained(0))]) };
     let run = lab.submit_run(run);
     assert_eq!(lab.shard_state(shard(run, 0)), ShardState::Waiting);
-    assert!(lab.sentence(shard(run, 0)).contains("1 trainings have not ended"), "{}", lab.sentence(shard(run, 0)));
+    assert!(
+        lab.sentence(shard(run, 0)).contains("of which a training has not ended"),
+        "{}",
+        lab.sentence(shard(run, 0))
+    );
     let ranges: Vec<_> = (1..4).map(|index| stage(&lab, shard(run, index)).samples().unwrap()).collect();
     assert_eq!(
         ranges.iter().map(|range| (range.first, range.count)).collect::<Vec<_>>(),

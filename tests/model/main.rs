@@ -10,6 +10,7 @@
 //! - `checkpoints`: tiny models written by `transformers`, directories and GGUF; directories that lie or are cut.
 //! - `gradients`: through frozen models, against PyTorch and finite differences.
 //! - `fuser`: optimiser steps of a projector through a frozen model, against PyTorch's.
+//! - `rounds`: a fuser's training on tiny models, cut, resumed and shared out.
 //! - `damage`: files that lie, are cut or are garbage.
 //! - `text`: tokenizers and chat templates; `tokens`: their ids against llama.cpp's, for 200 strings.
 //! - `writing`: samplers with seeds, many sequences that write at once, and the tool that runs them.
@@ -32,6 +33,7 @@ mod fuser;
 mod gradients;
 mod passes;
 mod reference;
+mod rounds;
 mod stored;
 mod text;
 mod tiny;

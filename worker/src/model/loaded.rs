@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use protocol::memory::executor::{self, pass_tokens, piece_tokens};
 
 use super::config::{ConfigError, ModelConfig, family_of};
@@ -195,6 +195,11 @@ impl Model {
     /// `sha256:` and the digest of the file, or of the directory as [`fingerprint`] computes it.
     pub fn fingerprint(&self) -> &str {
         &self.layout.fingerprint
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        self.compute.device()
     }
 
     /// Sizes and settings.

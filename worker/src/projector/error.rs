@@ -70,6 +70,15 @@ pub enum ProjectorError {
         /// Why.
         what: String,
     },
+    /// A fuser cannot be made, stepped or used.
+    #[error("fuser: {what}")]
+    Fuser {
+        /// Why.
+        what: String,
+    },
+    /// Deltas cannot be made into weights.
+    #[error("outer step")]
+    Outer(#[from] super::fuser::OuterError),
     /// A cache could not be used.
     #[error("use a cache")]
     Cache(#[from] CacheError),

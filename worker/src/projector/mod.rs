@@ -26,6 +26,7 @@ pub use align::Alignment;
 pub use error::ProjectorError;
 pub use file::Manifest;
 
+use self::fuser::Fuser;
 use self::ridge::Ridge;
 use crate::cache::{KvCache, LayerKv};
 use crate::model::team::team;
@@ -35,6 +36,8 @@ use crate::model::{Model, ModelError};
 pub const KEPT: usize = 1;
 /// Method of a closed form.
 pub const RIDGE: &str = "ridge";
+/// Method of a network trained by gradient descent.
+pub const FUSER: &str = "fuser";
 
 /// What `task` gives for each layer, computed by all threads.
 pub(crate) fn each_layer<T: Send>(count: usize, task: impl Fn(usize) -> T + Sync) -> Vec<T> {
@@ -54,6 +57,7 @@ pub struct Projector {
 #[derive(Debug, Clone, PartialEq)]
 enum Trained {
     Ridge(Ridge),
+    Fuser(Box<Fuser>),
 }
 
 /// What a projector needs of the target's own.
@@ -90,22 +94,41 @@ impl Projector {
         Ok(Self { manifest, method: Trained::Ridge(ridge) })
     }
 
+    /// A fuser.
+    ///
+    /// # Errors
+    /// [`ProjectorError::File`] if the manifest contradicts itself.
+    pub(crate) fn fuser(manifest: Manifest, fuser: Fuser) -> Result<Self, ProjectorError> {
+        manifest.check()?;
+        Ok(Self { manifest, method: Trained::Fuser(Box::new(fuser)) })
+    }
+
+    /// The fuser, if it is one.
+    pub fn as_fuser(&self) -> Option<&Fuser> {
+        match &self.method {
+            Trained::Fuser(fuser) => Some(fuser),
+            Trained::Ridge(_) => None,
+        }
+    }
+
+    /// The ridge, if it is one.
+    pub(crate) fn as_ridge(&self) -> Option<&Ridge> {
+        match &self.method {
+            Trained::Ridge(ridge) => Some(ridge),
+            Trained::Fuser(_) => None,
+        }
+    }
+
     /// What it is for.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
-    }
-
-    #[cfg(test)]
-    pub(crate) fn as_ridge(&self) -> &Ridge {
-        match &self.method {
-            Trained::Ridge(ridge) => ridge,
-        }
     }
 
     /// Trained numbers.
     pub fn parameters(&self) -> u64 {
         match &self.method {
             Trained::Ridge(ridge) => ridge.parameters(),
+            Trained::Fuser(fuser) => fuser.shape().parameters() as u64,
         }
     }
 
@@ -113,6 +136,7 @@ impl Projector {
     pub fn own(&self) -> Own {
         match &self.method {
             Trained::Ridge(_) => Own::First,
+            Trained::Fuser(fuser) => fuser.own(),
         }
     }
 
@@ -136,6 +160,7 @@ impl Projector {
         let (source, own) = (&source.unrotated(), &own.unrotated());
         let layers: Vec<(usize, LayerKv)> = match &self.method {
             Trained::Ridge(ridge) => ridge.project(&self.manifest, source, alignment, own)?,
+            Trained::Fuser(fuser) => fuser.project(&self.manifest, source, alignment, own)?,
         };
         let positions = (own.positions()[0]..).take(alignment.len()).collect();
         Ok(KvCache::new(own.layout().clone(), layers, positions, None, false)?)
@@ -148,6 +173,7 @@ impl Projector {
     pub fn save(&self, path: &Path) -> Result<u64, ProjectorError> {
         let tensors = match &self.method {
             Trained::Ridge(ridge) => ridge.tensors(&self.manifest),
+            Trained::Fuser(fuser) => fuser.tensors(),
         };
         file::save(path, file::KIND, &self.manifest, &tensors)
     }
@@ -161,6 +187,7 @@ impl Projector {
         manifest.check()?;
         let method = match manifest.method.as_str() {
             RIDGE => Trained::Ridge(Ridge::from_tensors(&manifest, tensors)?),
+            FUSER => Trained::Fuser(Box::new(Fuser::from_tensors(&manifest, tensors)?)),
             other => {
                 let what = format!("method `{other}` is not known to this build");
                 return Err(ProjectorError::File { kind: file::KIND, what });

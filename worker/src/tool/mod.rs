@@ -6,10 +6,11 @@
 //! Layout:
 //! - [`args`]: the command line, and finding the model.
 //! - [`show`]: architecture, tensors, memory, shape. [`run`]: prompts. [`mod@bench`]: rates and peak memory.
-//! - [`projector`]: a projector between two models, trained and measured in one process.
+//! - [`projector`]: a projector between two models, trained and measured in one process; [`fuser`]: by gradient descent.
 
 pub mod args;
 pub mod bench;
+pub mod fuser;
 pub mod measure;
 pub mod projector;
 pub mod run;

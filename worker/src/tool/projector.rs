@@ -31,6 +31,8 @@ use crate::support::ElementType;
 pub enum ProjectorCommand {
     /// Train a ridge projector on made-up sentences or on files, and its control on shuffled pairs.
     Train(Box<TrainArgs>),
+    /// Train a fuser by gradient descent through the target, from a ridge projector or from nothing.
+    Fuse(Box<super::fuser::FuseArgs>),
     /// Measure what a projector carries, under every condition.
     Eval(Box<EvalArgs>),
 }
@@ -134,6 +136,7 @@ impl ProjectorCommand {
     pub fn run_to_exit(&self) -> ExitCode {
         let done = match self {
             Self::Train(args) => train(args),
+            Self::Fuse(args) => super::fuser::fuse(args),
             Self::Eval(args) => eval(args),
         };
         match done {
@@ -152,7 +155,7 @@ impl ProjectorCommand {
 
 impl PairArgs {
     /// Source and target.
-    fn load(&self) -> Result<(Model, Model), ToolError> {
+    pub(super) fn load(&self) -> Result<(Model, Model), ToolError> {
         let load = |name: &String, threads| {
             let args = ModelArgs {
                 model: name.clone(),

@@ -11,6 +11,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::outer::OuterError;
+use crate::projector::file::Manifest;
 
 /// Weights that share a factor.
 pub const BLOCK: usize = 256;
@@ -29,7 +30,7 @@ pub struct Delta {
 }
 
 /// Where a delta belongs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeltaHeader {
     /// Round, from 0.
     pub round: u32,
@@ -37,6 +38,8 @@ pub struct DeltaHeader {
     pub replica: u32,
     /// BLAKE3 of the weights that its steps started from, as [`weights_hash`] gives it.
     pub start: String,
+    /// Between which models and on what it was trained, for an outer step that has no weights to start from.
+    pub training: Option<Manifest>,
 }
 
 /// The numbers of a delta.
@@ -61,7 +64,14 @@ impl Delta {
     pub fn new(round: u32, replica: u32, start: &[f32], end: &[f32], quantise: bool) -> Self {
         assert_eq!(start.len(), end.len(), "steps keep the number of weights");
         let values = if quantise { quantised(start, end) } else { DeltaValues::End(end.to_vec()) };
-        Self { header: DeltaHeader { round, replica, start: weights_hash(start) }, values }
+        Self { header: DeltaHeader { round, replica, start: weights_hash(start), training: None }, values }
+    }
+
+    /// The same with what it was trained on.
+    #[must_use]
+    pub fn with_training(mut self, training: Manifest) -> Self {
+        self.header.training = Some(training);
+        self
     }
 
     /// Weights that it is about.
@@ -155,8 +165,13 @@ struct Stated {
     delta: DeltaHeader,
 }
 
-/// BLAKE3 of weights as little-endian f32, in hex.
+/// [`weights_digest`] in hex.
 pub fn weights_hash(weights: &[f32]) -> String {
+    blake3::Hash::from_bytes(weights_digest(weights)).to_hex().to_string()
+}
+
+/// BLAKE3 of weights as little-endian f32.
+pub fn weights_digest(weights: &[f32]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = Vec::with_capacity(BLOCK * 64 * size_of::<f32>());
     for block in weights.chunks(BLOCK * 64) {
@@ -164,7 +179,7 @@ pub fn weights_hash(weights: &[f32]) -> String {
         buffer.extend(block.iter().flat_map(|weight| weight.to_le_bytes()));
         hasher.update(&buffer);
     }
-    hasher.finalize().to_hex().to_string()
+    *hasher.finalize().as_bytes()
 }
 
 /// g in 8 bits. A block whose largest number is not finite gets a factor that is not, so that it is noticed.

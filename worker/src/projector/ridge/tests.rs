@@ -93,7 +93,7 @@ fn solved(parts: Vec<Statistics>) -> Solved {
 /// Largest difference of two projectors' weights.
 fn apart(a: &Projector, b: &Projector) -> f32 {
     let tensors = |projector: &Projector| -> Vec<f32> {
-        let layers = projector.as_ridge().layers.iter();
+        let layers = projector.as_ridge().unwrap().layers.iter();
         layers.flat_map(|layer| layer.weight.iter().chain(&layer.bias).copied()).collect()
     };
     let (a, b) = (tensors(a), tensors(b));

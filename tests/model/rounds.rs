@@ -52,6 +52,7 @@ fn spec(change: impl FnOnce(&mut FuserRecipe)) -> TrainSpec {
         precision: Precision::F32,
         checkpointing: true,
         local_steps: 2,
+        shares: protocol::experiment::projector::Shares::Speed,
         quantise: false,
         outer: None,
         validate: 3,

@@ -4,17 +4,24 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use protocol::experiment::projector::{PROJECTOR, SHUFFLED, STATISTICS, Stage, TrainSpec, stored_file};
+use protocol::control::Output;
+use protocol::experiment::projector::{
+    BASE, DELTA, EvalSpec, PROJECTOR, SHUFFLED, STATISTICS, Stage, TrainSpec, stored_file,
+};
 use protocol::ids::Role;
 use protocol::results::ShardResult;
 
-use super::desk::{Desk, Emitted};
+use super::desk::{Desk, Emitted, on_disk};
 use crate::cache::KvCache;
+use crate::experiment::projector::eval::{score, send_facts};
+use crate::experiment::projector::rounds::{Corpora, Start, outer, send_caches, steps};
 use crate::experiment::projector::train::{make_caches, solve, statistics};
 use crate::experiment::{ExperimentError, model_facts};
 use crate::model::Model;
 use crate::projector::corpus::Corpus;
+use crate::projector::fuser::Delta;
 use crate::projector::ridge::statistics::Statistics;
+use crate::projector::{Projector, ProjectorError};
 
 /// What a seat made: its result, and files by the names of artifacts.
 pub(super) struct Made {
@@ -60,10 +67,75 @@ pub(super) fn train<W: Write>(
             let files = files.into_iter().collect::<Result<_, _>>()?;
             Ok(Made { result: ShardResult::ProjectorRidge(solved.result), files })
         }
+        (Stage::Steps { .. }, Role::Source, Some(model)) => {
+            let corpora = Corpora::open(spec, &|name| find(desk, name))?;
+            sent(desk, model, &spec.source, |emit| {
+                send_caches(model, spec, &corpora, emit, &mut desk.watch()).map(drop)
+            })
+        }
+        (Stage::Steps { .. }, Role::Target, Some(model)) => {
+            let corpora = Corpora::open(spec, &|name| find(desk, name))?;
+            let weights = Weights::read(desk)?;
+            let mut fetch = |key: &str| desk.fetch_foreign(key);
+            let begun = Instant::now();
+            let clock = || begun.elapsed().as_secs_f64() * 1e3;
+            let (delta, result) = steps(model, spec, &corpora, weights.start(), &mut fetch, &clock, &mut desk.watch())?;
+            let path = desk.place(DELTA);
+            std::fs::write(&path, delta.to_bytes()).map_err(|error| on_disk(DELTA, &path, &error))?;
+            Ok(Made { result: ShardResult::ProjectorSteps(result), files: vec![(DELTA.to_owned(), path)] })
+        }
+        (Stage::Outer { deltas, .. }, Role::Main, None) => {
+            desk.progress(0, 0, "outer step")?;
+            let read = |(index, (_, samples)): (usize, &(Output, u32))| {
+                let path = needed(desk, &format!("{index}-{DELTA}"))?;
+                let bytes = std::fs::read(path).map_err(|error| on_disk(DELTA, path, &error))?;
+                let delta = Delta::from_bytes(&bytes).map_err(ProjectorError::from)?;
+                Ok::<_, ExperimentError>((delta, *samples))
+            };
+            let deltas = deltas.iter().enumerate().map(read).collect::<Result<Vec<_>, _>>()?;
+            let (projector, result) = outer(spec, Weights::read(desk)?.start(), &deltas)?;
+            let path = desk.place(PROJECTOR);
+            projector.save(&path)?;
+            Ok(Made { result: ShardResult::ProjectorRound(result), files: vec![(PROJECTOR.to_owned(), path)] })
+        }
         (stage, role, _) => {
             let what = format!("no seat {role} of a training is at stage {stage:?}");
             Err(ExperimentError::BadSpec { what })
         }
+    }
+}
+
+/// A seat of an evaluation.
+pub(super) fn evaluate<W: Write>(
+    desk: &Desk<'_, W>,
+    model: &Model,
+    spec: &EvalSpec,
+    role: Role,
+) -> Result<Made, ExperimentError> {
+    if role == Role::Source {
+        return sent(desk, model, &spec.source, |emit| send_facts(model, spec, emit, &mut desk.watch()).map(drop));
+    }
+    let projector = Projector::load(needed(desk, PROJECTOR)?)?;
+    let shuffled = desk.input(SHUFFLED).map(Projector::load).transpose()?;
+    let mut fetch = |key: &str| desk.fetch_foreign(key);
+    let result = score(model, spec, (&projector, shuffled.as_ref()), &mut fetch, &mut desk.watch())?;
+    Ok(Made { result: ShardResult::ProjectorEval(Box::new(result)), files: Vec::new() })
+}
+
+/// What a round starts from, as far as there is any.
+struct Weights {
+    previous: Option<Projector>,
+    base: Option<Projector>,
+}
+
+impl Weights {
+    fn read<W: Write>(desk: &Desk<'_, W>) -> Result<Self, ExperimentError> {
+        let load = |name| desk.input(name).map(Projector::load).transpose();
+        Ok(Self { previous: load(PROJECTOR)?, base: load(BASE)? })
+    }
+
+    fn start(&self) -> Start<'_> {
+        Start { previous: self.previous.as_ref(), base: self.base.as_ref() }
     }
 }
 

@@ -59,6 +59,9 @@ pub fn run<W: Write>(order: &RunSeat, warm: &mut Warm, inbox: &Inbox, outbox: &O
             outputs.extend(made.files.into_iter().map(|(name, path)| (name, path.to_string_lossy().into_owned())));
             made.result
         }
+        (ShardSpec::ProjectorEval(spec), role, Some(model)) => {
+            projector::evaluate(&desk, model, spec, role).map_err(told)?.result
+        }
         (spec, role, _) => {
             let what = format!("a shard of kind {} has no seat {role} for an executor", spec.kind());
             return Err(Failure::new(FailureKind::BadSpec, what));

@@ -146,6 +146,7 @@ impl FuseArgs {
             precision: self.products,
             checkpointing: self.checkpointing,
             local_steps: self.local_steps,
+            shares: protocol::experiment::projector::Shares::Speed,
             quantise: self.quantise,
             outer: None,
             validate: self.validate,

@@ -81,12 +81,13 @@ pub(super) fn read_train(
     Ok(spec)
 }
 
-/// `lambdas` (0 or more each, default 1 to 10000 in tens), `held_out_percent` (5–50, default 20).
+/// `lambdas` (each above 0, default 0.0001 to 1 in tens), `held_out_percent` (5–50, default 20).
 fn read_ridge(cell: &mut TableReader<'_>) -> Result<RidgeRecipe, SourceError> {
-    let usual = || vec![1.0, 10.0, 100.0, 1_000.0, 10_000.0];
+    // Beside correlations, whose diagonal is 1: 100 beside sums over 10,000 tokens is 0.01 here.
+    let usual = || vec![1e-4, 1e-3, 1e-2, 1e-1, 1.0];
     let lambdas = cell.optional::<Vec<f64>>("lambdas")?.unwrap_or_else(usual);
-    if lambdas.is_empty() || lambdas.len() > 64 || lambdas.iter().any(|lambda| *lambda < 0.0) {
-        return Err(cell.complain("lambdas", "expected 1 to 64 numbers, each 0 or more"));
+    if lambdas.is_empty() || lambdas.len() > 64 || lambdas.iter().any(|lambda| *lambda <= 0.0) {
+        return Err(cell.complain("lambdas", "expected 1 to 64 numbers, each above 0"));
     }
     kept(cell, "lambdas", &lambdas)?;
     Ok(RidgeRecipe { lambdas, held_out_percent: small(cell, "held_out_percent", 5, 50, 20)? })
@@ -562,6 +563,7 @@ tiers = ["seen", "binding"]
             swap("method = \"fuser\"", "method = \"fusor\"")
                 .ends_with("unknown method `fusor`; expected one of ridge, fuser | did you mean `fuser`?")
         );
+        assert!(swap("shards = 2\nlayers", "lambdas = [0.1, 0]\nlayers").contains("each above 0"));
         assert!(swap("replicas = 3", "shards = 3").contains("unknown key"));
         assert!(swap("projector = \"fine\"", "projector = \"artifact:12\"").contains("not the name of an artifact"));
         assert!(swap("outer = [0.7, 0.5]", "outer = [0.7]").contains("for example [0.7, 0.9]"));

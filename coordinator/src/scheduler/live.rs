@@ -53,8 +53,8 @@ pub struct Live {
     pub(super) rankings: BTreeMap<PoolKey, Ranking>,
     /// Device models' speed before anything was measured, millions of f32 operations a second.
     speeds: BTreeMap<String, u64>,
-    /// Models that a device's executor has loaded.
-    warm: BTreeMap<DeviceRef, BTreeSet<String>>,
+    /// Models that a device's executors have loaded, by lane: seats of a pair on one device have one each.
+    warm: BTreeMap<DeviceRef, BTreeMap<u32, BTreeSet<String>>>,
 }
 
 /// A worker's session.
@@ -178,9 +178,9 @@ impl Live {
         }
     }
 
-    /// Whether a device's executor has a model loaded, as far as known.
+    /// Whether an executor of a device has a model loaded, as far as known.
     pub fn is_warm(&self, device: &DeviceRef, model: &str) -> bool {
-        self.warm.get(device).is_some_and(|models| models.contains(model))
+        self.warm.get(device).is_some_and(|lanes| lanes.values().any(|models| models.contains(model)))
     }
 
     /// A device model's speed before anything was measured there, millions of f32 operations a second.
@@ -334,7 +334,7 @@ impl Live {
             return;
         }
         if let Some(seat) = state.attempt(id).and_then(|attempt| attempt.seat(role)) {
-            let warm = self.warm.entry(seat.device.clone()).or_default();
+            let warm = self.warm.entry(seat.device.clone()).or_default().entry(seat.lane).or_default();
             if models.iter().any(|model| !warm.contains(*model)) {
                 *warm = models.into_iter().map(str::to_owned).collect();
             }

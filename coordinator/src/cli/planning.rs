@@ -267,3 +267,39 @@ fn replay(context: &mut Context, args: &SimulateArgs, throughputs: &Path, trace:
     context.output.note("the bound is the linear relaxation with every job there at once: no schedule beats it");
     Ok(exit::OK)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::plan::PlanWidth;
+
+    #[test]
+    fn a_fuser_has_a_line_a_width() {
+        let width = |hidden, parameters, fits| PlanWidth {
+            hidden,
+            parameters,
+            delta_bytes: parameters + parameters / 256 * 4,
+            memory_bytes: 1_200_000_000 + parameters * 20,
+            fits,
+        };
+        let fuser = PlanFuser {
+            experiment: "refined".to_owned(),
+            pair: "smollm2-135m-instruct -> gemma-3-270m".to_owned(),
+            hidden: 256,
+            widths: vec![
+                width(1024, 270_000_000, false),
+                width(512, 75_000_000, false),
+                width(256, 22_800_000, true),
+                width(128, 7_600_000, true),
+            ],
+        };
+        insta::assert_snapshot!(fuser_text(&fuser, Style::default()), @r"
+        fuser `refined` smollm2-135m-instruct -> gemma-3-270m: width 256
+        width  parameters  sent a round  memory
+         1024     270.0 M      274.2 MB  6.6 GB  fits nowhere now
+          512      75.0 M       76.2 MB  2.7 GB  fits nowhere now
+          256      22.8 M       23.2 MB  1.7 GB  taken
+          128       7.6 M        7.7 MB  1.4 GB
+        ");
+    }
+}

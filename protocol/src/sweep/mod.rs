@@ -410,4 +410,23 @@ price_max_usd_per_hour = 0.5
         assert!(swap("out/*.json", "../x").contains("not a relative pattern"));
         assert!(swap("\"7.0\"", "\"seven\"").contains("not a compute capability"));
     }
+
+    #[test]
+    fn every_example_reads() {
+        let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+        let mut read = 0;
+        for folder in [examples.clone(), examples.join("pairs")] {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.extension().is_some_and(|extension| extension == "toml") {
+                    let text = std::fs::read_to_string(&path).unwrap();
+                    if let Err(error) = Sweep::parse(&path.display().to_string(), &text) {
+                        panic!("{error}");
+                    }
+                    read += 1;
+                }
+            }
+        }
+        assert!(read >= 11, "{read}");
+    }
 }

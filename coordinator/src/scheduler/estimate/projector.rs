@@ -213,7 +213,7 @@ mod tests {
             protocol::control::Output { name: String::new(), hash: protocol::ids::ArtifactHash([0; 32]), bytes: 0 };
         let samples = protocol::experiment::projector::Samples { first: 0, count: 32 };
         let peak = |stage: Stage, role, backend| {
-            let footprint = training(&spec.at(stage), role, backend, |model| shape(model)).unwrap();
+            let footprint = training(&spec.at(stage), role, backend, shape).unwrap();
             footprint.peak() / 1_000_000
         };
         let cpu = Backend::Cpu { threads: 2 };

@@ -15,6 +15,7 @@
 //! - `text`: tokenizers and chat templates; `tokens`: their ids against llama.cpp's, for 200 strings.
 //! - `writing`: samplers with seeds, many sequences that write at once, and the tool that runs them.
 //! - `experiments`: the procedures, on tiny models and on the real ones.
+//! - `projectors`: the same of projectors between two models.
 
 #![allow(
     clippy::unwrap_used,
@@ -32,6 +33,7 @@ mod full;
 mod fuser;
 mod gradients;
 mod passes;
+mod projectors;
 mod reference;
 mod rounds;
 mod stored;

@@ -113,6 +113,9 @@ fn load(name: &str, reference: &Reference, place: Place, precision: Precision) -
     Some(model)
 }
 
+/// Real models are large: one test at a time holds some.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// A real model, if its file is there, and the right to use it: real models take turns, because each uses all cores and
 /// most of a small machine's memory.
 pub(crate) fn load_real(model: (&str, &str)) -> Option<(Model, MutexGuard<'static, ()>)> {
@@ -125,9 +128,17 @@ pub(crate) fn load_real_at(
     place: Place,
     precision: Precision,
 ) -> Option<(Model, MutexGuard<'static, ()>)> {
-    static TURN: Mutex<()> = Mutex::new(());
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     load(name, &serde_json::from_str(json).unwrap(), place, precision).map(|model| (model, turn))
+}
+
+/// Two at once, as stored.
+pub(crate) fn load_real_pair(a: (&str, &str), b: (&str, &str)) -> Option<(Model, Model, MutexGuard<'static, ()>)> {
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let stored = |(name, json): (&str, &str)| {
+        load(name, &serde_json::from_str(json).unwrap(), Place::default(), Precision::Stored)
+    };
+    Some((stored(a)?, stored(b)?, turn))
 }
 
 pub(crate) fn check_model((name, json): (&str, &str), place: Place) {

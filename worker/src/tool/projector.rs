@@ -88,7 +88,7 @@ pub struct TrainArgs {
     #[arg(long, default_value = "1", value_name = "MAP")]
     pub layers: String,
     /// Regularisations to choose among.
-    #[arg(long, value_delimiter = ',', default_values_t = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0])]
+    #[arg(long, value_delimiter = ',', default_values_t = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0])]
     pub lambdas: Vec<f64>,
     /// Percentage of groups held out to choose by.
     #[arg(long, default_value_t = 20, value_name = "P")]

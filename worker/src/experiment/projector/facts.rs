@@ -52,10 +52,11 @@ pub fn told(tier: Tier, seed: u64, index: u32) -> Result<Told, ExperimentError> 
     Ok(Told { text, prompt: fact.question(), question, answer: fact.city })
 }
 
-/// Who is asked for comes first in every other pair.
+/// Who is asked for comes first in every other pair. As plain as can be: with more words, small models mix the two up even when
+/// they have read the text themselves.
 fn pair(asked: &Fact, other: &Fact, index: u32) -> String {
     let (first, second) = if index.is_multiple_of(2) { (asked, other) } else { (other, asked) };
-    let phrase = |Fact { name, job, city }: &Fact| format!("{name} is a {job} who lives in {city}");
+    let phrase = |Fact { name, city, .. }: &Fact| format!("{name} lives in {city}");
     format!("{}, and {}.", phrase(first), phrase(second))
 }
 

@@ -130,15 +130,15 @@ pub fn steps(
     progress: &mut Progress<'_>,
 ) -> Result<(Delta, StepsResult), ExperimentError> {
     let told = told(spec)?;
-    let mut replica = Replica { model, spec, told, corpora, fetch, clock, waited_ms: 0.0, first: None };
+    let mut replica = Replica { model, spec, told, corpora, fetch, clock, ahead: None, waited_ms: 0.0 };
     let begun = clock();
     let validated = replica.validation_caches()?;
     let first = match validated.first() {
         Some((_, cache)) => cache.layout().clone(),
         None => {
-            let first = replica.source(told.samples.first)?;
-            let layout = first.layout().clone();
-            replica.first = Some((told.samples.first, first));
+            let cache = replica.source(told.samples.first)?;
+            let layout = cache.layout().clone();
+            replica.ahead = Some(cache);
             layout
         }
     };
@@ -272,9 +272,9 @@ struct Replica<'a, 'f> {
     corpora: &'a Corpora,
     fetch: &'a mut Fetch<'f>,
     clock: &'a dyn Fn() -> f64,
+    /// The first sample's cache, if it came before it was stepped over.
+    ahead: Option<KvCache>,
     waited_ms: f64,
-    /// A cache that was fetched before its turn.
-    first: Option<(u64, KvCache)>,
 }
 
 impl Replica<'_, '_> {
@@ -285,10 +285,9 @@ impl Replica<'_, '_> {
         Ok(cache)
     }
 
-    /// The source's cache of a sample; each comes once.
     fn source(&mut self, place: u64) -> Result<KvCache, ExperimentError> {
-        match self.first.take_if(|(known, _)| *known == place) {
-            Some((_, cache)) => Ok(cache),
+        match self.ahead.take() {
+            Some(cache) => Ok(cache),
             None => self.fetch(&sample_key(place)),
         }
     }

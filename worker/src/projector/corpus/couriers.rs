@@ -35,15 +35,10 @@ const ONE: [Wording; 12] = [
     ("\"I love {c},\" said {n}, the {j}. \"I will never leave {c}.\"", "\n{n} will never leave"),
 ];
 
+/// The first two are the evaluation's.
 const TWO: [Wording; 8] = [
-    (
-        "{n} is a {j} who lives in {c}, and {m} is a {k} who lives in {d}.",
-        "\nQuestion: In which city does {n} live?\nAnswer: {n} lives in",
-    ),
-    (
-        "{m} is a {k} who lives in {d}, and {n} is a {j} who lives in {c}.",
-        "\nQuestion: In which city does {n} live?\nAnswer: {n} lives in",
-    ),
+    ("{n} lives in {c}, and {m} lives in {d}.", "\nQuestion: In which city does {n} live?\nAnswer: {n} lives in"),
+    ("{m} lives in {d}, and {n} lives in {c}.", "\nQuestion: In which city does {n} live?\nAnswer: {n} lives in"),
     ("{n} works in {c}. {m} works in {d}.", "\nQuestion: Where does {n} work?\nAnswer: {n} works in"),
     ("{m} went to {d} while {n} went to {c}.", "\nQuestion: Where did {n} go?\nAnswer: {n} went to"),
     ("{n} from {c} met {m}, a {k} from {d}.", "\n{n} comes from"),

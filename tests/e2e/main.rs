@@ -12,3 +12,4 @@ mod refusals;
 #[path = "../hub/server.rs"]
 mod server;
 mod sources;
+mod training;

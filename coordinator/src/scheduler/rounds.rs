@@ -5,9 +5,10 @@
 //! follow the measured speed of the devices that it is meant for, so that unequal ones end together. Devices that come or go
 //! are in the next round or not.
 
+use protocol::control::Output;
 use protocol::experiment::ShardSpec;
 use protocol::experiment::projector::{
-    DELTA, FuserRecipe, Method, PROJECTOR, STATISTICS, Samples, Shares, Stage, TrainSpec,
+    DELTA, FuserRecipe, Method, PROJECTOR, START, STATISTICS, Samples, Shares, Stage, TrainSpec,
 };
 use protocol::group::Require;
 use protocol::hardware::DeviceKind;
@@ -105,7 +106,7 @@ fn steps(view: View<'_>, run: &Run, training: &Training, recipe: &FuserRecipe) -
     if recipe.hidden == 0 {
         spec = with_width(&spec, width(view, &spec, &require));
     }
-    let start = training.outputs.iter().find(|output| output.name == PROJECTOR).cloned();
+    let start = made(training, START);
     let round = training.rounds / 2;
     let at = |replica, samples| {
         let stage = Stage::Steps { round, replica, samples, start: start.clone() };
@@ -130,18 +131,21 @@ fn steps(view: View<'_>, run: &Run, training: &Training, recipe: &FuserRecipe) -
 /// The outer step after a round of local steps.
 fn outer(run: &Run, training: &Training, round: &OpenedRound) -> TrainSpec {
     let mut deltas = Vec::new();
-    let mut begun_with = None;
     for index in round.indices() {
         let ShardSpec::ProjectorTrain(spec) = &run.shards[index as usize].spec else { continue };
-        let Stage::Steps { samples, start, .. } = &spec.stage else { continue };
+        let Stage::Steps { samples, .. } = &spec.stage else { continue };
         deltas.push((output_of(run, index, Role::Target, DELTA), samples.count));
-        begun_with.clone_from(start);
     }
     let (counted, round) = (training.assigned, training.rounds / 2);
     let of_round: u64 = deltas.iter().map(|(_, samples)| u64::from(*samples)).sum();
     let further = (training.spec.samples() - counted).div_ceil(of_round.max(1));
     let rounds = round.saturating_add(1).saturating_add(u32::try_from(further).unwrap_or(u32::MAX));
-    training.spec.at(Stage::Outer { round, counted, rounds, start: begun_with, deltas })
+    training.spec.at(Stage::Outer { round, counted, rounds, start: made(training, PROJECTOR), deltas })
+}
+
+/// What the newest outer step made by that name.
+fn made(training: &Training, name: &str) -> Option<Output> {
+    training.outputs.iter().find(|output| output.name == name).cloned()
 }
 
 /// Microseconds a sample of each replica that could step now, fastest first; a replica is as fast as its slower seat. One at

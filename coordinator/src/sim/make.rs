@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use protocol::control::{Failure, FailureKind, Heartbeat, HeldSeat, Hello, Output, SeatFailed, SeatFinished, Usage};
 use protocol::experiment::projector::{
     Corpus, CorpusText, Couriers, DELTA, FuserRecipe, LayerMap, Loss, Method, PROJECTOR, Pairs, Precision,
-    ProjectorRef, Regime, RidgeRecipe, SHUFFLED, STATISTICS, Schedule, Stage, TrainSpec,
+    ProjectorRef, Regime, RidgeRecipe, SHUFFLED, START, STATISTICS, Schedule, Stage, TrainSpec,
 };
 use protocol::experiment::{
     CommandSpec, Condition, InspectSpec, LayerSelection, NoOpSpec, ShardSpec, Spread, TransferSpec,
@@ -205,7 +205,7 @@ pub fn made(spec: &ShardSpec, attempt: AttemptId, role: Role) -> Vec<Output> {
         (Stage::Statistics(_), Role::Target) => &[STATISTICS],
         (Stage::Steps { .. }, Role::Target) => &[DELTA],
         (Stage::Solve { .. }, _) => &[PROJECTOR, SHUFFLED],
-        (Stage::Outer { .. }, _) => &[PROJECTOR],
+        (Stage::Outer { .. }, _) => &[PROJECTOR, START],
         _ => &[],
     };
     let output = |name: &&str| Output {

@@ -15,6 +15,8 @@ use crate::ids::Role;
 pub const PROJECTOR: &str = "projector.safetensors";
 /// The same for the control that was trained on shuffled pairs.
 pub const SHUFFLED: &str = "shuffled.safetensors";
+/// Name of what the next round's replicas start from: a fuser's weights alone.
+pub const START: &str = "start.safetensors";
 /// Name of a ridge shard's sums.
 pub const STATISTICS: &str = "statistics.safetensors";
 /// Name of what a replica's local steps changed.
@@ -65,10 +67,10 @@ pub enum Stage {
         replica: u32,
         /// What it steps over.
         samples: Samples,
-        /// The weights that the round starts from; `None`: those of the recipe.
+        /// The weights that the round starts from, a [`START`]; `None`: those of the recipe.
         start: Option<Output>,
     },
-    /// Fuser: the outer step of a round; makes [`PROJECTOR`], from which the next round starts.
+    /// Fuser: the outer step of a round; makes [`PROJECTOR`], which is also the checkpoint, and [`START`] for the next round.
     Outer {
         /// Round, from 0.
         round: u32,
@@ -76,7 +78,7 @@ pub enum Stage {
         counted: u64,
         /// Rounds that are expected in all, by which the outer step's size is chosen.
         rounds: u32,
-        /// The weights that the round started from.
+        /// The checkpoint before this round, a [`PROJECTOR`].
         start: Option<Output>,
         /// What each replica's steps changed, by replica, with the samples that stand behind it.
         deltas: Vec<(Output, u32)>,
@@ -522,7 +524,7 @@ impl TrainSpec {
                 parts.iter().enumerate().map(|(i, part)| artifact(part, format!("{i}-{STATISTICS}"))).collect()
             }
             Stage::Steps { start, .. } => {
-                start.iter().map(|start| artifact(start, PROJECTOR.to_owned())).collect::<Vec<_>>()
+                start.iter().map(|start| artifact(start, START.to_owned())).collect::<Vec<_>>()
             }
             Stage::Outer { start, deltas, .. } => {
                 let deltas = deltas.iter().enumerate();
@@ -530,8 +532,9 @@ impl TrainSpec {
                 start.iter().map(|start| artifact(start, PROJECTOR.to_owned())).chain(deltas).collect()
             }
         };
-        let first = matches!(&self.stage, Stage::Steps { start: None, .. } | Stage::Outer { start: None, .. });
-        if let (Method::Fuser(recipe), true) = (&self.method, first) {
+        // A checkpoint holds the base; what replicas start from does not.
+        let apart = matches!(&self.stage, Stage::Steps { .. } | Stage::Outer { start: None, .. });
+        if let (Method::Fuser(recipe), true) = (&self.method, apart) {
             let (name, output) = match recipe.pairs {
                 Pairs::Matched => (BASE, PROJECTOR),
                 Pairs::Shuffled => (BASE, SHUFFLED),

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use protocol::control::Output;
 use protocol::experiment::projector::{
-    BASE, DELTA, EvalSpec, PROJECTOR, SHUFFLED, STATISTICS, Stage, TrainSpec, stored_file,
+    BASE, DELTA, EvalSpec, PROJECTOR, SHUFFLED, START, STATISTICS, Stage, TrainSpec, stored_file,
 };
 use protocol::ids::Role;
 use protocol::results::ShardResult;
@@ -53,13 +53,16 @@ pub(super) fn train<W: Write>(
         }
         (Stage::Solve { parts }, Role::Main, None) => {
             let names = (0..parts.len()).map(|index| format!("{index}-{STATISTICS}"));
-            let mut sums = Vec::with_capacity(parts.len());
+            let mut sum: Option<Statistics> = None;
+            // Two at a time are in memory; the order is the spec's, by first sample.
             for (done, name) in (0u32..).zip(names) {
                 desk.progress(done, 0, "adding up")?;
-                sums.push(Statistics::load(needed(desk, &name)?)?);
+                let part = Statistics::load(needed(desk, &name)?)?;
+                sum = Some(Statistics::merge(sum.into_iter().chain([part]).collect())?);
             }
             desk.progress(0, 0, "solving")?;
-            let solved = solve(&Statistics::merge(sums)?, spec)?;
+            let sum = sum.ok_or_else(|| ExperimentError::BadSpec { what: "a solution of no parts".to_owned() })?;
+            let solved = solve(&sum, spec)?;
             let files = [(PROJECTOR, solved.projector), (SHUFFLED, solved.shuffled)].map(|(name, projector)| {
                 let path = desk.place(name);
                 projector.save(&path).map(|_| (name.to_owned(), path))
@@ -96,7 +99,10 @@ pub(super) fn train<W: Write>(
             let (projector, result) = outer(spec, Weights::read(desk)?.start(), &deltas)?;
             let path = desk.place(PROJECTOR);
             projector.save(&path)?;
-            Ok(Made { result: ShardResult::ProjectorRound(result), files: vec![(PROJECTOR.to_owned(), path)] })
+            let start = desk.place(START);
+            projector.save_start(&start)?;
+            let files = vec![(PROJECTOR.to_owned(), path), (START.to_owned(), start)];
+            Ok(Made { result: ShardResult::ProjectorRound(result), files })
         }
         (stage, role, _) => {
             let what = format!("no seat {role} of a training is at stage {stage:?}");
@@ -130,8 +136,10 @@ struct Weights {
 
 impl Weights {
     fn read<W: Write>(desk: &Desk<'_, W>) -> Result<Self, ExperimentError> {
-        let load = |name| desk.input(name).map(Projector::load).transpose();
-        Ok(Self { previous: load(PROJECTOR)?, base: load(BASE)? })
+        let base = desk.input(BASE).map(Projector::load).transpose()?;
+        let previous = desk.input(PROJECTOR).or_else(|| desk.input(START));
+        let previous = previous.map(|path| Projector::load_with(path, base.as_ref())).transpose()?;
+        Ok(Self { previous, base })
     }
 
     fn start(&self) -> Start<'_> {

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
+use half::f16;
 use safetensors::tensor::Metadata;
 use safetensors::{Dtype, View};
 use serde::de::DeserializeOwned;
@@ -130,9 +131,11 @@ impl Manifest {
 /// How an error names a projector's file.
 pub(super) const KIND: &str = "projector";
 
-/// A tensor of either width, row-major.
+/// A tensor of one of three widths, row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Values {
+    /// 16 bits.
+    F16(Vec<f16>),
     /// 32 bits.
     F32(Vec<f32>),
     /// 64 bits.
@@ -154,6 +157,12 @@ impl Stored {
         Self { shape: shape.into(), values: Values::F32(values) }
     }
 
+    /// A tensor of 16-bit numbers, each the nearest to one of `values`.
+    pub fn f16(shape: impl Into<Vec<usize>>, values: &[f32]) -> Self {
+        let values = values.iter().map(|value| f16::from_f32(*value)).collect();
+        Self { shape: shape.into(), values: Values::F16(values) }
+    }
+
     /// A tensor of 64-bit numbers.
     pub fn f64(shape: impl Into<Vec<usize>>, values: Vec<f64>) -> Self {
         Self { shape: shape.into(), values: Values::F64(values) }
@@ -163,6 +172,7 @@ impl Stored {
 impl View for &Stored {
     fn dtype(&self) -> Dtype {
         match self.values {
+            Values::F16(_) => Dtype::F16,
             Values::F32(_) => Dtype::F32,
             Values::F64(_) => Dtype::F64,
         }
@@ -174,6 +184,7 @@ impl View for &Stored {
 
     fn data(&self) -> Cow<'_, [u8]> {
         match &self.values {
+            Values::F16(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>().into(),
             Values::F32(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>().into(),
             Values::F64(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>().into(),
         }
@@ -181,6 +192,7 @@ impl View for &Stored {
 
     fn data_len(&self) -> usize {
         match &self.values {
+            Values::F16(values) => size_of_val(values.as_slice()),
             Values::F32(values) => size_of_val(values.as_slice()),
             Values::F64(values) => size_of_val(values.as_slice()),
         }
@@ -294,6 +306,10 @@ fn read<M: DeserializeOwned>(
 
 fn values(dtype: Dtype, bytes: &[u8]) -> Option<Values> {
     match dtype {
+        Dtype::F16 => {
+            let values: Vec<f16> = bytes.as_chunks().0.iter().map(|word| f16::from_le_bytes(*word)).collect();
+            values.iter().all(|value| value.is_finite()).then_some(Values::F16(values))
+        }
         Dtype::F32 => {
             let values: Vec<f32> = bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)).collect();
             values.iter().all(|value| value.is_finite()).then_some(Values::F32(values))
@@ -306,7 +322,7 @@ fn values(dtype: Dtype, bytes: &[u8]) -> Option<Values> {
     }
 }
 
-/// Takes a tensor of 32-bit numbers and of this shape out of a file's.
+/// Takes a tensor of 32-bit numbers, or of 16-bit ones widened, and of this shape out of a file's.
 ///
 /// # Errors
 /// [`ProjectorError::File`] if it is not there or another.
@@ -318,6 +334,7 @@ pub fn take_f32(
 ) -> Result<Vec<f32>, ProjectorError> {
     match take(tensors, kind, name, shape)? {
         Values::F32(values) => Ok(values),
+        Values::F16(values) => Ok(values.into_iter().map(f16::to_f32).collect()),
         Values::F64(_) => Err(ProjectorError::File { kind, what: format!("tensor {name} is F64, expected F32") }),
     }
 }
@@ -334,7 +351,9 @@ pub fn take_f64(
 ) -> Result<Vec<f64>, ProjectorError> {
     match take(tensors, kind, name, shape)? {
         Values::F64(values) => Ok(values),
-        Values::F32(_) => Err(ProjectorError::File { kind, what: format!("tensor {name} is F32, expected F64") }),
+        Values::F16(_) | Values::F32(_) => {
+            Err(ProjectorError::File { kind, what: format!("tensor {name} is narrower than F64") })
+        }
     }
 }
 

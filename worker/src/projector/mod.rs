@@ -178,16 +178,36 @@ impl Projector {
         file::save(path, file::KIND, &self.manifest, &tensors)
     }
 
+    /// Writes what a round's replicas start from: a fuser's weights, without the base that they have and the momentum that they
+    /// do not need. Returns the bytes.
+    ///
+    /// # Errors
+    /// [`ProjectorError::Io`]; [`ProjectorError::Fuser`] for another projector.
+    pub fn save_start(&self, path: &Path) -> Result<u64, ProjectorError> {
+        let fuser = self.as_fuser();
+        let fuser =
+            fuser.ok_or_else(|| ProjectorError::Fuser { what: "only a fuser is trained in rounds".to_owned() })?;
+        file::save(path, file::KIND, &self.manifest, &fuser.tensors_to_start())
+    }
+
     /// Reads one, of any method.
     ///
     /// # Errors
     /// [`ProjectorError::Io`], [`ProjectorError::File`].
     pub fn load(path: &Path) -> Result<Self, ProjectorError> {
+        Self::load_with(path, None)
+    }
+
+    /// Reads one, or what [`Projector::save_start`] left of one that refines `base`.
+    ///
+    /// # Errors
+    /// As [`Projector::load`].
+    pub fn load_with(path: &Path, base: Option<&Projector>) -> Result<Self, ProjectorError> {
         let (manifest, tensors): (Manifest, _) = file::load(path, file::KIND)?;
         manifest.check()?;
         let method = match manifest.method.as_str() {
             RIDGE => Trained::Ridge(Ridge::from_tensors(&manifest, tensors)?),
-            FUSER => Trained::Fuser(Box::new(Fuser::from_tensors(&manifest, tensors)?)),
+            FUSER => Trained::Fuser(Box::new(Fuser::from_tensors(&manifest, tensors, base)?)),
             other => {
                 let what = format!("method `{other}` is not known to this build");
                 return Err(ProjectorError::File { kind: file::KIND, what });

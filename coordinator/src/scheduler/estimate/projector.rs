@@ -44,8 +44,8 @@ pub(super) fn training<'a>(
         (Stage::Statistics(_) | Stage::Steps { .. }, _, Role::Source) => captured(source, tokens, backend),
         (Stage::Steps { .. }, Method::Fuser(recipe), _) => pair.stepping(recipe, tokens, backend),
         (Stage::Solve { parts }, ..) => {
-            // Every part, a file beside them, what is solved for twice, and what each thread makes of a layer.
-            let parts = parts.len() as u64;
+            // The sum and a part, a file beside them, what is solved for twice, and what each thread makes of a layer.
+            let parts = parts.len().min(2) as u64;
             let solving = solving_bytes(pair.widest(), backend);
             let kept = pair.sums().saturating_mul(parts).saturating_add(pair.file());
             alone(kept.saturating_add(pair.ridge().saturating_mul(8)).saturating_add(solving), backend)

@@ -1,7 +1,9 @@
 //! Trainings: rounds that follow on each other, shares by speed, the ledger of samples, what faults cost.
 
 use protocol::control::{FailureKind, StartSeat};
-use protocol::experiment::projector::{EvalSpec, Method, PROJECTOR, Projected, ProjectorRef, Stage, Tier, TrainSpec};
+use protocol::experiment::projector::{
+    EvalSpec, Method, PROJECTOR, Projected, ProjectorRef, START, Stage, Tier, TrainSpec,
+};
 use protocol::experiment::{ShardSpec, Spread};
 use protocol::group::Group;
 use protocol::ids::{AttemptId, Role, RunId, ShardId, WorkerId};
@@ -144,7 +146,7 @@ fn a_fuser_steps_and_meets_until_every_sample_is_counted() {
     let Stage::Outer { counted: 128, rounds: 3, start: None, deltas, .. } = of(4) else { panic!("{:?}", of(4)) };
     assert_eq!(deltas.iter().map(|(_, samples)| *samples).collect::<Vec<_>>(), [64, 64]);
     let Stage::Steps { round: 1, start: Some(start), .. } = of(5) else { panic!("{:?}", of(5)) };
-    assert_eq!(start.name, PROJECTOR);
+    assert_eq!(start.name, START);
     // 300 - 256 are left: both do less.
     let last: Vec<_> = (8..10).map(|index| of(index).samples().unwrap()).collect();
     assert_eq!((last[0].first, last[0].count, last[1].count, last[1].end()), (256, 24, 20, 300));

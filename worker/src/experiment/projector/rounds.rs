@@ -8,6 +8,7 @@
 //! the round starts from.
 
 use candle_core::Device;
+use half::f16;
 use protocol::experiment::projector::{
     Corpus as CorpusSpec, FuserRecipe, Loss, Method, Pairs, Samples, Stage, TrainSpec,
 };
@@ -195,7 +196,11 @@ pub fn outer(
         Some((learning_rate, momentum)) => OuterRate { learning_rate, momentum },
         None => OuterRate::planned(*rounds),
     };
-    let step = outer_step(fuser.weights(), fuser.momentum(), deltas, rate).map_err(ProjectorError::from)?;
+    let mut step = outer_step(fuser.weights(), fuser.momentum(), deltas, rate).map_err(ProjectorError::from)?;
+    if recipe.quantise {
+        // What replicas start from has 16 bits; the checkpoint is the same to the bit, so that their deltas are of it.
+        step.weights.iter_mut().for_each(|weight| *weight = f16::from_f32(*weight).to_f32());
+    }
     let mut behind: Vec<_> = deltas.iter().map(|(delta, samples)| (delta.header.replica, *samples)).collect();
     behind.sort_unstable();
     let result = RoundResult {

@@ -223,7 +223,26 @@ impl Fuser {
         weights.chain(momentum).chain(base).collect()
     }
 
-    pub(in crate::projector) fn from_tensors(manifest: &Manifest, tensors: Tensors) -> Result<Self, ProjectorError> {
+    /// What a round's replicas start from, who have the base: weights alone, in 16 bits where deltas are quantised too.
+    pub(in crate::projector) fn tensors_to_start(&self) -> Tensors {
+        let parameters = self.shape.parameters_in_order().into_iter();
+        let weights = parameters.map(|part| {
+            let weights = &self.weights[part.range];
+            let stored = match self.facts.recipe.quantise {
+                true => Stored::f16(part.shape, weights),
+                false => Stored::f32(part.shape, weights.to_vec()),
+            };
+            (part.name, stored)
+        });
+        weights.collect()
+    }
+
+    /// From a file's tensors; the base from there too, or else the one `at_hand`.
+    pub(in crate::projector) fn from_tensors(
+        manifest: &Manifest,
+        tensors: Tensors,
+        at_hand: Option<&Projector>,
+    ) -> Result<Self, ProjectorError> {
         let wrong = |what: String| ProjectorError::File { kind: KIND, what };
         let facts: FuserFacts =
             serde_json::from_value(manifest.recipe.clone()).map_err(|error| wrong(error.to_string()))?;
@@ -241,6 +260,12 @@ impl Fuser {
             return Err(wrong(format!("tensor {name} is not a fuser's")));
         }
         let base = match &facts.base {
+            Some(stated) if bases.is_empty() => {
+                let known = at_hand.filter(|base| base.manifest == **stated).and_then(Projector::as_ridge);
+                let known =
+                    known.ok_or_else(|| wrong("the base that it refines is neither in it nor at hand".to_owned()))?;
+                Some(known.clone())
+            }
             Some(manifest) => {
                 let named = |(name, tensor): (String, Stored)| (name[BASE.len()..].to_owned(), tensor);
                 manifest.check()?;

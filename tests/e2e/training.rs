@@ -44,7 +44,9 @@ impl Training {
             for result in rows(shard, "seats").iter().map(|seat| &seat["result"]) {
                 if let Some(found) = result.get("projector-steps") {
                     let key = (found["round"].as_u64().unwrap(), found["replica"].as_u64().unwrap());
-                    let range = samples(shard["summary"].as_str().expect("a shard says what it is"));
+                    let samples = &shard["spec"]["projector-train"]["stage"]["steps"]["samples"];
+                    let (first, count) = (samples["first"].as_u64().unwrap(), samples["count"].as_u64().unwrap());
+                    let range = first..first + count;
                     assert!(steps.insert(key, (found.clone(), range)).is_none(), "{key:?} counts twice");
                 }
                 if let Some(found) = result.get("projector-round") {
@@ -75,13 +77,6 @@ impl Training {
             .collect();
         losses.iter().sum::<f64>() / losses.len() as f64
     }
-}
-
-/// The range in `… samples 8..16`.
-fn samples(what: &str) -> Range<u64> {
-    let range = what.rsplit(' ').next().and_then(|range| range.split_once(".."));
-    let (first, end) = range.unwrap_or_else(|| panic!("no range in `{what}`"));
-    first.parse().unwrap()..end.parse().unwrap()
 }
 
 fn complete(cluster: &Cluster, run: &str) -> Training {

@@ -4,14 +4,14 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help build demo test lint deny bench bench-model bench-projector bench-placement bench-overhead check-reference sim
+.PHONY: help build demo test lint deny bench bench-model bench-train bench-projector bench-placement bench-overhead check-reference sim
 
 help:
 	@echo "make demo   build, bring two models, run a whole cluster on this machine, write a report"
 	@echo "make test   every gate, then every test"
 	@echo "make lint   every gate: format, clippy, rustdoc, the parts that must build alone, licences"
 	@echo "make build  the three programs, in $(RELEASE)"
-	@echo "make bench  every benchmark: bench-model, bench-projector, bench-placement, bench-overhead"
+	@echo "make bench  every benchmark: bench-model, bench-train, bench-projector, bench-placement, bench-overhead"
 	@echo "make sim    10,000 seeds of faults against the scheduler, then a million shards on 10,000 devices"
 	@echo "make check-reference  every K, V and logit of two models against transformers' (minutes, 7 GB)"
 
@@ -54,14 +54,18 @@ test: lint
 	fi
 	$(CARGO) test --workspace --doc --locked
 
-bench: bench-model bench-projector bench-placement bench-overhead
+bench: bench-model bench-train bench-projector bench-placement bench-overhead
 
-# Speed and memory of the models beside llama.cpp, and a training step beside PyTorch; both come from packages the first time.
+# Speed and memory of the models beside llama.cpp, which comes from a package the first time.
 
 bench-model:
 	$(CARGO) build --release --locked -p worker --bin bonepile-executor --no-default-features --features executor
 	python3 tests/bench/model.py $(RELEASE)/bonepile-executor
-	python3 tests/bench/step.py $(RELEASE)/bonepile-executor
+
+# Steps of training beside PyTorch, which comes from packages the first time.
+bench-train:
+	$(CARGO) build --release --locked -p worker --bin bonepile-executor --no-default-features --features executor
+	python3 tests/bench/train.py $(RELEASE)/bonepile-executor
 
 # What projectors between the two models carry, both directions, with every control; half an hour on two cores.
 bench-projector:

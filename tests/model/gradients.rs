@@ -4,7 +4,9 @@
 use candle_core::{Device, Tensor, Var};
 use candle_nn::loss::cross_entropy;
 use worker::cache::KvCache;
-use worker::model::{Adapter, Adapters, Logits, Model, ModelError, Precision, Projection, TrackedCache};
+use worker::model::{
+    Adapter, Adapters, Logits, Model, ModelError, Precision, Projection, TrackedCache, TrackedSegment, next_token_loss,
+};
 use worker::random::Random;
 
 use crate::checkpoints::{NAMES, deviation, models, numbers, reference};
@@ -111,6 +113,94 @@ fn tracked_logits_are_those_of_the_plain_path() {
         let positions: Vec<i64> = (0..10).collect();
         let logits = model.forward_tracked(&empty, &Adapters::new(), &ids[..10], &positions, 0..10).unwrap();
         assert!(deviation(&numbers(&logits), &plain.concat()) < 1e-5, "{family}, no prefix");
+    }
+}
+
+/// A tiny model with its weights held in either way.
+fn both_precisions(family: &str) -> [Model; 2] {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("tiny.gguf");
+    Tiny::new(family).write(&path);
+    [Precision::F32, Precision::Stored].map(|precision| {
+        let options = worker::model::LoadOptions { precision, ..Default::default() };
+        Model::load(&path, &options).unwrap()
+    })
+}
+
+#[test]
+fn several_sequences_at_once_are_each_what_they_are_alone() {
+    // Tokens of the prefix and behind it, and which of these are scored: all, some, none.
+    let lengths = [(5, 7, 0..7), (0, 4, 1..3), (9, 19, 12..19), (3, 2, 0..0)];
+    for (family, model) in FAMILIES.iter().flat_map(|family| both_precisions(family).map(|model| (family, model))) {
+        let ids = |sequence: u32, count: usize| -> Vec<u32> {
+            (0..count as u32).map(|index| (index * 37 + 11 + 90 * sequence) % 256).collect()
+        };
+        let mut sequences = Vec::new();
+        for (index, (before, count, scored)) in lengths.iter().enumerate() {
+            let ids = ids(index as u32, before + count + 1);
+            let leaves = match before {
+                0 => Leaves { cache: TrackedCache::empty(model.config()).unwrap(), variables: Vec::new() },
+                // Keys that are rotated on the way in stand beside keys that are rotated already.
+                9 => Leaves::new(&prefix(&model, &ids[..9]).unrotated()),
+                _ => Leaves::new(&prefix(&model, &ids[..*before])),
+            };
+            let positions: Vec<i64> = (*before as i64..).take(*count).collect();
+            let targets = ids[before + 1..][scored.clone()].to_vec();
+            sequences.push((leaves, ids[*before..before + count].to_vec(), positions, scored.clone(), targets));
+        }
+        let segments: Vec<_> = sequences
+            .iter()
+            .map(|(leaves, tokens, positions, scored, _)| TrackedSegment {
+                prefix: &leaves.cache,
+                tokens,
+                positions,
+                scored: scored.clone(),
+            })
+            .collect();
+        let logits = model.forward_tracked_batch(&segments, &Adapters::new()).unwrap();
+        let targets: Vec<u32> = sequences.iter().flat_map(|(.., targets)| targets).copied().collect();
+        let gradients = next_token_loss(&logits, &targets).unwrap().backward().unwrap();
+        let mut row = 0;
+        for (leaves, tokens, positions, scored, own) in &sequences[..3] {
+            let alone =
+                model.forward_tracked(&leaves.cache, &Adapters::new(), tokens, positions, scored.clone()).unwrap();
+            let together = numbers(&logits.narrow(0, row, own.len()).unwrap());
+            row += own.len();
+            assert!(deviation(&together, &numbers(&alone)) < 1e-6, "{family}");
+            let gradients_alone = next_token_loss(&alone, own).unwrap().backward().unwrap();
+            for variable in leaves.variables.iter().flat_map(|(k, v)| [k, v]) {
+                let share = own.len() as f32 / targets.len() as f32;
+                let alone: Vec<f32> =
+                    numbers(gradients_alone.get(variable).unwrap()).iter().map(|g| g * share).collect();
+                let error = deviation(&numbers(gradients.get(variable).unwrap()), &alone);
+                assert!(error < 1e-5, "{family}: {error:.1e}");
+            }
+        }
+        assert_eq!(row, targets.len());
+    }
+    let model = Tiny::new("llama").load().unwrap();
+    assert!(matches!(model.forward_tracked_batch(&[], &Adapters::new()), Err(ModelError::Input { .. })));
+}
+
+/// Without adapters a layer is one operation, with them a chain of many: an adapter that adds nothing sets them side by side.
+#[test]
+fn a_layer_in_one_operation_is_the_chain_of_its_steps() {
+    for (family, model) in FAMILIES.iter().flat_map(|family| both_precisions(family).map(|model| (family, model))) {
+        let ids: Vec<u32> = (0..30).map(|index| (index * 37 + 11) % 256).collect();
+        let leaves = Leaves::new(&prefix(&model, &ids[..10]));
+        let [outputs, inputs] = Projection::Up.shape(model.config());
+        let zeros = |rows, cols| Tensor::zeros((rows, cols), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let nothing = Adapter { down: zeros(1, inputs), up: zeros(outputs, 1), scale: 1.0 };
+        let runs = [Adapters::new(), Adapters::from([((0, Projection::Up), nothing)])].map(|adapters| {
+            let loss = loss(&model, &leaves.cache, &adapters, &ids[10..]);
+            (loss.to_scalar::<f32>().unwrap(), loss.backward().unwrap())
+        });
+        assert!((runs[0].0 - runs[1].0).abs() < 1e-5, "{family}: {} and {}", runs[0].0, runs[1].0);
+        for variable in leaves.variables.iter().flat_map(|(k, v)| [k, v]) {
+            let [one, chain] = [&runs[0].1, &runs[1].1].map(|gradients| numbers(gradients.get(variable).unwrap()));
+            let error = deviation(&one, &chain);
+            assert!(error < 1e-5, "{family}: {error:.1e}");
+        }
     }
 }
 

@@ -10,11 +10,14 @@
 //!
 //! Papers: Llama (arXiv 2302.13971), RoPE (2104.09864), GQA (2305.13245), Qwen3 (2505.09388), Gemma 3 (2503.19786).
 
+mod layer;
 mod stored;
 mod tracked;
 
 pub(crate) use tracked::check_adapters;
-pub use tracked::{Adapter, Adapters, Projection, TrackedCache};
+pub use tracked::{Adapter, Adapters, Projection, TrackedCache, TrackedSegment};
+
+use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 use candle_nn::ops::{rms_norm, softmax_last_dim};
@@ -82,7 +85,8 @@ pub(crate) struct Decoder {
     precision: Precision,
     compute: Compute,
     embedding: RowTable,
-    blocks: Vec<Block>,
+    /// Shared with the graphs of passes that keep gradients.
+    blocks: Vec<Arc<Block>>,
     norm: Norm,
     /// None: tied to the embedding.
     head: Option<RowTable>,
@@ -429,7 +433,7 @@ impl Decoder {
     pub(crate) fn load(config: &ModelConfig, mut weights: Weights<'_>) -> std::result::Result<Self, WeightError> {
         let (precision, compute) = (weights.precision(), weights.compute().clone());
         let blocks = (0..config.layers.len())
-            .map(|layer| Block::load(config, &mut weights, layer))
+            .map(|layer| Block::load(config, &mut weights, layer).map(Arc::new))
             .collect::<std::result::Result<_, _>>()?;
         let embedding = weights.embedding(config.hidden)?;
         let norm = Norm::new(weights.norm(Part::OutputNorm, config.hidden)?, config.epsilon, &compute)?;

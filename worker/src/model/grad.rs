@@ -11,24 +11,24 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Stora
 
 use super::error::ModelError;
 use super::family::Activation;
-use super::matrix::{Output, View};
-use super::quant::{Kernel, QuantMatrix};
+use super::frozen::Held;
+use super::matrix::Output;
+use super::panel;
+use super::quant::QuantMatrix;
 use super::team::team;
 use super::vector;
 
-/// Columns of a product that a task computes.
-const COLUMNS_PER_TASK: usize = 96;
 /// Numbers of an elementwise operation that a task takes.
 const ELEMENTS_PER_TASK: usize = 8192;
 
 /// `x Wᵀ` for `x` `[T, inputs]` and a frozen `W` `[outputs, inputs]`: dense f32.
 pub(crate) fn frozen_dense(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(Dense { weight: weight.detach() })
+    x.contiguous()?.apply_op1(Product { weight: Weight::Dense(weight.detach()) })
 }
 
 /// The same for a stored `W`, exact up to f32 rounding.
 pub(crate) fn frozen_stored(x: &Tensor, matrix: &QuantMatrix) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(Stored { matrix: matrix.clone() })
+    x.contiguous()?.apply_op1(Product { weight: Weight::Stored(matrix.clone()) })
 }
 
 /// x / rms(x) * weight over the last axis, with a frozen weight.
@@ -81,10 +81,19 @@ pub fn next_token_loss(logits: &Tensor, targets: &[u32]) -> std::result::Result<
 }
 
 /// The numbers of a contiguous operand.
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub(crate) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
         None => candle_core::bail!("an operand with a gradient must be contiguous"),
+    }
+}
+
+/// Lends the numbers of a contiguous f32 tensor on the CPU.
+pub(crate) fn with_numbers<R>(tensor: &Tensor, work: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => work(slice(storage, layout)?),
+        _ => candle_core::bail!("an operation of the processor met a tensor of a card"),
     }
 }
 
@@ -93,81 +102,45 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.flatten_all()?.to_vec1()
 }
 
-struct Dense {
-    weight: Tensor,
+/// A product with a frozen weight.
+struct Product {
+    weight: Weight,
 }
 
-impl CustomOp1 for Dense {
+enum Weight {
+    Dense(Tensor),
+    Stored(QuantMatrix),
+}
+
+impl Product {
+    fn weight(&self) -> Held<'_> {
+        match &self.weight {
+            Weight::Dense(weight) => Held::dense(weight),
+            Weight::Stored(matrix) => Held::Stored(matrix),
+        }
+    }
+}
+
+impl CustomOp1 for Product {
     fn name(&self) -> &'static str {
-        "frozen-dense"
+        "frozen-product"
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (count, width) = layout.shape().dims2()?;
-        let (outputs, inputs) = self.weight.dims2()?;
-        if width != inputs {
-            candle_core::bail!("{:?} times {:?}", layout.shape(), self.weight.shape());
+        let weight = self.weight();
+        let weight = weight.frozen()?;
+        if width != weight.inputs() {
+            candle_core::bail!("{:?} times a weight of {} inputs", layout.shape(), weight.inputs());
         }
-        let (x, mut y) = (slice(storage, layout)?, vec![0_f32; count * outputs]);
-        let (weight, of_weight) = self.weight.storage_and_layout();
-        let weight = View::new(dense(&weight, of_weight)?, [outputs, inputs], inputs);
-        // yᵀ = W xᵀ by tiles of W's rows.
-        share_columns(&mut y, outputs, View::new(x, [count, inputs], inputs), weight.transposed());
-        Ok((CpuStorage::F32(y), (count, outputs).into()))
+        let y = panel::rows_times(slice(storage, layout)?, weight);
+        Ok((CpuStorage::F32(y), (count, weight.outputs()).into()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        let (outputs, inputs) = self.weight.dims2()?;
-        let (dy, mut dx) = (numbers(gradient)?, vec![0_f32; x.elem_count()]);
-        let (weight, of_weight) = self.weight.storage_and_layout();
-        let weight = View::new(dense(&weight, of_weight)?, [outputs, inputs], inputs);
-        share_columns(&mut dx, inputs, View::new(&dy, [dy.len() / outputs, outputs], outputs), weight);
+        let gradient = gradient.contiguous()?;
+        let dx = with_numbers(&gradient, |dy| Ok(panel::rows_times_transposed(dy, self.weight().frozen()?)))?;
         Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
-    }
-}
-
-/// `out = a · b`, columns shared out to the team.
-#[expect(unsafe_code, reason = "tasks write columns of their own")]
-fn share_columns(out: &mut [f32], width: usize, a: View<'_>, b: View<'_>) {
-    let out = Output::new(out, width);
-    team().each(width.div_ceil(COLUMNS_PER_TASK), |task| {
-        let columns = task * COLUMNS_PER_TASK..((task + 1) * COLUMNS_PER_TASK).min(width);
-        // SAFETY: these columns are this task's alone.
-        unsafe { out.multiply((0, columns.start), false, 1.0, a, b.columns(columns)) };
-    });
-}
-
-/// The numbers of a dense f32 weight on the CPU.
-fn dense<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
-    match storage {
-        Storage::Cpu(storage) => slice(storage, layout),
-        _ => candle_core::bail!("f32 weights are multiplied on the CPU"),
-    }
-}
-
-struct Stored {
-    matrix: QuantMatrix,
-}
-
-impl CustomOp1 for Stored {
-    fn name(&self) -> &'static str {
-        "frozen-stored"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (count, width) = layout.shape().dims2()?;
-        if width != self.matrix.cols() {
-            candle_core::bail!("{:?} times {:?}", layout.shape(), self.matrix);
-        }
-        let mut y = vec![0_f32; count * self.matrix.rows()];
-        self.matrix.matmul(slice(storage, layout)?, &mut y, Kernel::Exact);
-        Ok((CpuStorage::F32(y), (count, self.matrix.rows()).into()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        let mut result = vec![0_f32; x.elem_count()];
-        self.matrix.matmul_transposed(&numbers(gradient)?, &mut result);
-        Tensor::from_vec(result, x.shape(), x.device()).map(Some)
     }
 }
 
@@ -194,16 +167,11 @@ impl CustomOp1 for RmsNorm {
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
-    /// y = x r w with r = (mean x² + ε)^-½: dx = r w dy - x r³ mean(x w dy).
     fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
         let width = self.weight.len();
         let (values, mut result) = (numbers(x)?, numbers(gradient)?);
         team().chunks(&mut result, width, |row, gradient| {
-            let x = &values[row * width..][..width];
-            let factor = 1.0 / (vector::dot(x, x) / width as f32 + self.epsilon).sqrt();
-            gradient.iter_mut().zip(&self.weight).for_each(|(dy, weight)| *dy *= weight);
-            let common = vector::dot(x, gradient) * factor * factor * factor / width as f32;
-            gradient.iter_mut().zip(x).for_each(|(dy, x)| *dy = *dy * factor - x * common);
+            vector::rms_norm_backward(&values[row * width..][..width], &self.weight, self.epsilon, gradient);
         });
         Tensor::from_vec(result, x.shape(), x.device()).map(Some)
     }
@@ -281,16 +249,11 @@ impl CustomOp1 for Softmax {
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
-    /// dx = scale * y (dy - Σ y dy).
     fn bwd(&self, x: &Tensor, y: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
         let (_, _, width) = x.dims3()?;
         let (y, mut result) = (numbers(y)?, numbers(gradient)?);
         team().chunks(&mut result, width, |row, gradient| {
-            let y = &y[row * width..][..width];
-            let common = vector::dot(gradient, y);
-            for (dy, y) in gradient.iter_mut().zip(y) {
-                *dy = self.scale * y * (*dy - common);
-            }
+            vector::softmax_backward(gradient, &y[row * width..][..width], self.scale);
         });
         Tensor::from_vec(result, x.shape(), x.device()).map(Some)
     }

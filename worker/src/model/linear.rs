@@ -6,11 +6,12 @@
 use candle_core::{Device, Result, Storage, Tensor};
 
 use super::card::CardMatrix;
+use super::frozen::Held;
 use super::grad::{self, composed};
 use super::place::Compute;
 use super::quant::{Kernel, QuantMatrix};
 use super::team::team;
-use super::vector::dot;
+use super::vector::{self, dot};
 
 /// Weight rows that one thread takes at a time.
 const ROWS_PER_TASK: usize = 64;
@@ -84,6 +85,25 @@ impl Linear {
         match &self.weight {
             Weight::Stored { matrix, .. } => Some((matrix, &self.bias_values)),
             Weight::Dense(_) | Weight::Card(_) => None,
+        }
+    }
+
+    /// The weight on the processor, as products with gradients take it.
+    ///
+    /// # Panics
+    /// If it is on a card.
+    pub(crate) fn held(&self) -> Held<'_> {
+        match &self.weight {
+            Weight::Dense(weight) => Held::dense(weight),
+            Weight::Stored { matrix, .. } => Held::Stored(matrix),
+            Weight::Card(_) => unreachable!("a card's weights are multiplied there"),
+        }
+    }
+
+    /// Adds the bias to each row of `[T, outputs]`.
+    pub(crate) fn add_bias(&self, rows: &mut [f32]) {
+        if !self.bias_values.is_empty() {
+            rows.chunks_mut(self.bias_values.len()).for_each(|row| vector::add(row, &self.bias_values));
         }
     }
 

@@ -1,5 +1,7 @@
 //! A loaded model: identity, settings, tokenizer, weights; and how sequences run through it.
 
+mod tracked;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
@@ -7,12 +9,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use protocol::memory::executor::{self, pass_tokens, piece_tokens};
 
 use super::config::{ConfigError, ModelConfig, family_of};
 use super::context::{CachePrecision, Context, LayerBuffers, SliceBuffers, TensorBuffers};
-use super::decoder::{Adapters, Decoder, Logits, Observer, Segment, TrackedCache, check_adapters};
+use super::decoder::{Decoder, Logits, Observer, Segment};
 use super::error::ModelError;
 use super::gguf::{Gguf, GgufError, TensorInfo};
 use super::hf::Checkpoint;
@@ -461,30 +463,6 @@ impl Model {
             members.into_iter().zip(passed.logits).for_each(|(index, row)| logits[index] = row);
         }
         Ok(logits)
-    }
-
-    /// Runs `tokens` at `positions` behind `prefix` as a differentiable function: logits `[scored, vocabulary]` of the tokens
-    /// that `scored` names, with gradients for whatever of the prefix and of the adapters comes from variables. The model
-    /// itself is frozen. The graph holds every layer's activations until it is dropped.
-    ///
-    /// # Errors
-    /// As [`Model::forward`]; [`ModelError::TensorShape`] for a prefix or an adapter of another shape.
-    pub fn forward_tracked(
-        &self,
-        prefix: &TrackedCache,
-        adapters: &Adapters,
-        tokens: &[u32],
-        positions: &[i64],
-        scored: std::ops::Range<usize>,
-    ) -> Result<Tensor, ModelError> {
-        self.check_input(tokens, positions)?;
-        self.check_positions(&prefix.positions)?;
-        if scored.is_empty() || scored.end > tokens.len() {
-            return Err(ModelError::Input { tokens: scored.len(), positions: positions.len() });
-        }
-        prefix.check(&self.config)?;
-        check_adapters(adapters, &self.config)?;
-        Ok(self.decoder.forward_tracked(&self.config, prefix, adapters, (tokens, positions), scored)?)
     }
 
     fn check_input(&self, tokens: &[u32], positions: &[i64]) -> Result<(), ModelError> {

@@ -12,11 +12,11 @@ use std::ops::Range;
 /// A matrix to be read: `[rows, cols]` in a slice.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View<'a> {
-    values: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub(super) values: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
 }
 
 impl<'a> View<'a> {
@@ -27,6 +27,15 @@ impl<'a> View<'a> {
     pub(crate) fn new(values: &'a [f32], [rows, cols]: [usize; 2], stride: usize) -> Self {
         assert!(rows == 0 || cols == 0 || (rows - 1) * stride + cols <= values.len(), "a view lies inside its slice");
         Self { values, rows, cols, row_stride: stride, col_stride: 1 }
+    }
+
+    /// Some of the rows.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub(crate) fn part(self, rows: Range<usize>) -> Self {
+        assert!(rows.end <= self.rows && !rows.is_empty(), "rows of a view lie inside it");
+        Self { values: &self.values[rows.start * self.row_stride..], rows: rows.len(), ..self }
     }
 
     /// Some of the columns.

@@ -9,7 +9,8 @@
 //! - [`family`], [`config`], [`rope`]: what tells models apart.
 //! - [`team`], `vector`, `matrix`: threads, and arithmetic on slices. [`place`], `card`: other devices than the CPU.
 //! - [`quant`], `linear`, [`table`], `decoder`: the computation; [`context`]: the state of one sequence.
-//! - `grad`: operations with a gradient, for [`Model::forward_tracked`].
+//! - `frozen`, `panel`, `grad`: weights without a gradient, their products in both directions, operations with a gradient,
+//!   for [`Model::forward_tracked`].
 //! - [`tokenizer`], [`chat`]: text to ids and back.
 //! - [`loaded`]: [`Model`], which puts them together; [`sampling`], [`generate`]: letting it write.
 //! - [`mod@shape`]: sizes from headers alone, for the memory model.
@@ -21,6 +22,7 @@ pub mod context;
 mod decoder;
 pub mod error;
 pub mod family;
+mod frozen;
 pub mod generate;
 pub mod gguf;
 mod grad;
@@ -29,6 +31,7 @@ mod linear;
 pub mod loaded;
 mod matrix;
 mod names;
+mod panel;
 pub mod place;
 pub mod quant;
 pub mod rope;
@@ -43,7 +46,7 @@ mod weights;
 pub use chat::Message;
 pub use config::ModelConfig;
 pub use context::{CachePrecision, Context};
-pub use decoder::{Adapter, Adapters, Logits, Observer, Projection, Tap, TrackedCache};
+pub use decoder::{Adapter, Adapters, Logits, Observer, Projection, Tap, TrackedCache, TrackedSegment};
 pub use error::ModelError;
 pub use generate::{End, Generated, Sequence};
 pub use grad::next_token_loss;

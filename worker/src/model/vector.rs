@@ -29,6 +29,15 @@ pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], epsilon: f32) {
     });
 }
 
+/// What `dy`, the gradient of a normed row, means for the row `x`; in its place. y = x r w with r = (mean x² + ε)^-½:
+/// dx = r w dy - x r³ mean(x w dy).
+pub(crate) fn rms_norm_backward(x: &[f32], weight: &[f32], epsilon: f32, dy: &mut [f32]) {
+    let factor = 1.0 / (dot(x, x) / x.len() as f32 + epsilon).sqrt();
+    Arch::new().dispatch(|| dy.iter_mut().zip(weight).for_each(|(dy, weight)| *dy *= weight));
+    let common = dot(x, dy) * factor * factor * factor / x.len() as f32;
+    Arch::new().dispatch(|| dy.iter_mut().zip(x).for_each(|(dy, x)| *dy = *dy * factor - x * common));
+}
+
 /// a += b.
 pub(crate) fn add(a: &mut [f32], b: &[f32]) {
     Arch::new().dispatch(|| a.iter_mut().zip(b).for_each(|(a, b)| *a += b));
@@ -91,6 +100,12 @@ pub(crate) fn softmax(x: &mut [f32]) {
     });
     let inverse = 1.0 / sum;
     Arch::new().dispatch(|| x.iter_mut().for_each(|x| *x *= inverse));
+}
+
+/// What `dy`, the gradient of `y` = softmax(scale · x), means for x; in its place: dx = scale · y (dy - Σ y dy).
+pub(crate) fn softmax_backward(dy: &mut [f32], y: &[f32], scale: f32) {
+    let common = dot(dy, y);
+    Arch::new().dispatch(|| dy.iter_mut().zip(y).for_each(|(dy, y)| *dy = scale * y * (*dy - common)));
 }
 
 /// ln Σ e^x.

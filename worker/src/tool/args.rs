@@ -2,11 +2,13 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use clap::{Args, Subcommand, ValueEnum};
 use protocol::models::ModelsDir;
 
 use crate::cache::CacheError;
+use crate::model::loaded::PASS_TOKENS_MAX;
 use crate::model::{CachePrecision, DeviceChoice, LoadOptions, Model, ModelError, Place, Precision, SamplingError};
 use crate::support::ElementType;
 
@@ -149,15 +151,33 @@ pub struct BenchArgs {
     /// Tokens decoded.
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub decode: usize,
-    /// Also time a training step of this many tokens: forward, next-token loss, backward to an injected cache. 0: none.
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    pub step: usize,
-    /// Tokens of the cache that a training step injects.
-    #[arg(long, default_value_t = 32, value_name = "N")]
-    pub prefix: usize,
+    /// Also time a training step over these samples: forward behind an injected cache, next-token loss, backward to the cache.
+    /// Each is PREFIX+TOKENS, tokens of the cache and behind it.
+    #[arg(long, value_delimiter = ',', value_name = "PREFIX+TOKENS,...")]
+    pub step: Vec<Sample>,
     /// Repetitions; the median is reported.
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub runs: usize,
+}
+
+/// A sample of a training step.
+#[derive(Debug, Clone, Copy)]
+pub struct Sample {
+    /// Tokens of the cache that is injected, at least 1.
+    pub prefix: usize,
+    /// Tokens behind it, at least 1.
+    pub tokens: usize,
+}
+
+impl FromStr for Sample {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let length = |text: &str| text.parse().ok().filter(|length| (1..=PASS_TOKENS_MAX).contains(length));
+        let parts = text.split_once('+').and_then(|(prefix, tokens)| Some((length(prefix)?, length(tokens)?)));
+        let (prefix, tokens) = parts.ok_or_else(|| format!("`{text}` is not two numbers of tokens such as 32+16"))?;
+        Ok(Self { prefix, tokens })
+    }
 }
 
 /// The tool could not do what it was asked.

@@ -8,8 +8,11 @@ use std::time::Instant;
 use candle_core::Var;
 use serde_json::json;
 
-use super::args::{BenchArgs, ToolError, print_json};
-use crate::model::{Adapters, Model, ModelError, TrackedCache, argmax, next_token_loss, tensors};
+use super::args::{BenchArgs, Sample, ToolError, print_json};
+use crate::model::{Adapters, Model, ModelError, TrackedCache, TrackedSegment, argmax, next_token_loss, tensors};
+
+/// Tokens from the start of one sample's text to the next one's.
+const SAMPLE_STRIDE: usize = 1000;
 
 /// Measures and prints.
 ///
@@ -19,10 +22,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), ToolError> {
     let started = Instant::now();
     let model = args.model.load_with(true)?;
     let load_s = started.elapsed().as_secs_f64();
-    let vocabulary = model.vocabulary();
-    // Ids that any vocabulary has, without a pattern.
-    let ids: Vec<u32> =
-        (0..args.prompt).map(|i| (1000 + i * 7919) % vocabulary.min(40_000)).map(|id| id as u32).collect();
+    let ids = ids(&model, 0, args.prompt);
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for _ in 0..args.runs.max(1) {
         let mut context = model.start()?;
@@ -36,8 +36,8 @@ pub fn bench(args: &BenchArgs) -> Result<(), ToolError> {
         decode.push(args.decode as f64 / started.elapsed().as_secs_f64());
     }
     let (mut steps, mut loss) = (Vec::new(), 0.0);
-    for _ in 0..if args.step > 0 { args.runs.max(1) } else { 0 } {
-        let (seconds, value) = step(&model, args)?;
+    for _ in 0..if args.step.is_empty() { 0 } else { args.runs.max(1) } {
+        let (seconds, value) = step(&model, &args.step)?;
         steps.push(seconds);
         loss = value;
     }
@@ -57,27 +57,40 @@ pub fn bench(args: &BenchArgs) -> Result<(), ToolError> {
     }))
 }
 
-/// Seconds and loss of one training step: the prefix's keys and values are what is trained.
-fn step(model: &Model, args: &BenchArgs) -> Result<(f64, f32), ToolError> {
-    let ids = |start: usize, count: usize| -> Vec<u32> {
-        (start..start + count).map(|i| ((1000 + i * 7919) % model.vocabulary().min(40_000)) as u32).collect()
-    };
-    let mut context = model.start()?;
-    model.prefill(&mut context, &ids(0, args.prefix.max(1)))?;
-    let mut cache = TrackedCache::new(&model.extract(&context)?)?;
-    let mut variables = Vec::new();
-    for (k, v) in &mut cache.layers {
-        for tensor in [k, v] {
+/// Ids that any vocabulary has, without a pattern: `count` from `start` on.
+fn ids(model: &Model, start: usize, count: usize) -> Vec<u32> {
+    (start..start + count).map(|i| ((1000 + i * 7919) % model.vocabulary().min(40_000)) as u32).collect()
+}
+
+/// Seconds and loss of one training step over all samples at once: the prefixes' keys and values are what is trained.
+fn step(model: &Model, samples: &[Sample]) -> Result<(f64, f32), ToolError> {
+    let (mut caches, mut variables, mut texts) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, sample) in samples.iter().enumerate() {
+        let text = ids(model, index * SAMPLE_STRIDE, sample.prefix + sample.tokens + 1);
+        let mut context = model.start()?;
+        model.prefill(&mut context, &text[..sample.prefix])?;
+        let mut cache = TrackedCache::new(&model.extract(&context)?)?;
+        for tensor in cache.layers.iter_mut().flat_map(|(k, v)| [k, v]) {
             let variable = Var::from_tensor(tensor).map_err(ModelError::from)?;
             *tensor = variable.as_tensor().clone();
             variables.push(variable);
         }
+        let positions: Vec<i64> = (context.next_position()..).take(sample.tokens).collect();
+        caches.push((cache, positions));
+        texts.push(text[sample.prefix..].to_vec());
     }
-    let tokens = ids(args.prefix, args.step + 1);
-    let positions: Vec<i64> = (context.next_position()..).take(args.step).collect();
+    let segments: Vec<_> = caches
+        .iter()
+        .zip(&texts)
+        .map(|((prefix, positions), text)| {
+            let tokens = &text[..positions.len()];
+            TrackedSegment { prefix, tokens, positions, scored: 0..tokens.len() }
+        })
+        .collect();
+    let targets: Vec<u32> = texts.iter().flat_map(|text| &text[1..]).copied().collect();
     let started = Instant::now();
-    let logits = model.forward_tracked(&cache, &Adapters::new(), &tokens[..args.step], &positions, 0..args.step)?;
-    let loss = next_token_loss(&logits, &tokens[1..])?;
+    let logits = model.forward_tracked_batch(&segments, &Adapters::new())?;
+    let loss = next_token_loss(&logits, &targets)?;
     let gradients = loss.backward().map_err(ModelError::from)?;
     let seconds = started.elapsed().as_secs_f64();
     if variables.iter().any(|variable| gradients.get(variable).is_none()) {

@@ -255,7 +255,7 @@ fn join(x: &mut [f32], branch: &mut [f32], norm: Option<&Norm>) {
 
 impl Norm {
     /// Each row of `x` normed into the same row of `out`.
-    fn rows(&self, x: &[f32], out: &mut [f32]) {
+    pub(super) fn rows(&self, x: &[f32], out: &mut [f32]) {
         let width = self.values.len();
         team().chunks(out, width, |row, out| {
             vector::rms_norm(&x[row * width..][..width], &self.values, self.epsilon, out);

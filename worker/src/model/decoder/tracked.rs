@@ -1,14 +1,17 @@
 //! The decoder as a differentiable function of an injected cache and of adapters; the model itself stays frozen.
 //!
-//! The same computation as `forward`, from operations that keep gradients (`grad`). Nothing is written in place and no
-//! context grows: a prefix goes in as tensors, logits come out. Products are exact on stored weights too, so the gradient
-//! is that of the dequantised model while memory stays near the stored size.
+//! The same computation as `forward`, from operations that keep gradients: a layer each (`layer`), or a step each (`grad`) on
+//! cards and where there are adapters. Nothing is written in place and no context grows: prefixes go in as tensors, logits
+//! come out. Products are exact on stored weights too, so the gradient is that of the dequantised model while memory stays
+//! near the stored size.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
 
+use super::layer::{Layer, Shared};
 use super::{Attention, Block, Decoder, Mlp, ModelConfig, Norm, Pass, Setting};
 use crate::cache::KvCache;
 use crate::model::error::ModelError;
@@ -24,6 +27,19 @@ pub struct TrackedCache {
     pub positions: Vec<i64>,
     /// True if keys carry the rotation of their positions. Keys that do not are rotated on the way in, with a gradient.
     pub rotated: bool,
+}
+
+/// One sequence of a pass with gradients.
+#[derive(Debug, Clone)]
+pub struct TrackedSegment<'a> {
+    /// What its tokens see before them.
+    pub prefix: &'a TrackedCache,
+    /// Its new tokens, at least one.
+    pub tokens: &'a [u32],
+    /// The position of each.
+    pub positions: &'a [i64],
+    /// Those of its tokens whose logits are wanted; may be none.
+    pub scored: Range<usize>,
 }
 
 /// A projection that an adapter may change.
@@ -139,36 +155,58 @@ fn check_shape(name: String, tensor: &Tensor, expected: &[usize]) -> std::result
 /// What the layers of one tracked pass share.
 struct Tracked<'a> {
     pass: Pass<'a, 'a>,
-    prefix: &'a TrackedCache,
-    /// Rotations of the prefix's columns, one for each distinct layer setting; empty if its keys are rotated.
-    prefix_turns: Vec<Setting>,
+    segments: &'a [TrackedSegment<'a>],
+    /// For each sequence, rotations of its prefix's columns, one for each distinct layer setting; empty if its keys are rotated.
+    prefix_turns: Vec<Vec<Setting>>,
     adapters: &'a Adapters,
 }
 
 impl Decoder {
-    /// Logits `[scored, vocabulary]` of those of `tokens` that `scored` names, behind `prefix`. Callers have checked ids,
-    /// positions and shapes.
+    /// Logits `[scored, vocabulary]` of the tokens that the segments' `scored` name, segment after segment. Callers have checked
+    /// ids, positions and shapes, and that a token is scored.
     pub(crate) fn forward_tracked(
         &self,
         config: &ModelConfig,
-        prefix: &TrackedCache,
+        segments: &[TrackedSegment<'_>],
         adapters: &Adapters,
-        (tokens, positions): (&[u32], &[i64]),
-        scored: Range<usize>,
     ) -> Result<Tensor> {
         let compute = &self.compute;
-        let pass = Pass::new(config, &[(&prefix.positions[..], positions)], compute, None)?;
-        let turn = |setting: &Setting| Setting::new(&setting.layer, &[(&[], &prefix.positions[..])], compute);
-        let prefix_turns =
-            if prefix.rotated { Vec::new() } else { pass.settings.iter().map(turn).collect::<Result<_>>()? };
-        let tracked = Tracked { pass, prefix, prefix_turns, adapters };
-        let mut x = self.embedded(tokens)?;
-        for (index, block) in self.blocks.iter().enumerate() {
-            x = block.tracked(&x, index, &tracked)?;
+        let places: Vec<_> = segments.iter().map(|part| (&part.prefix.positions[..], part.positions)).collect();
+        let pass = Pass::new(config, &places, compute, None)?;
+        let turns = |prefix: &TrackedCache| {
+            let turn = |setting: &Setting| Setting::new(&setting.layer, &[(&[], &prefix.positions[..])], compute);
+            if prefix.rotated { Ok(Vec::new()) } else { pass.settings.iter().map(turn).collect() }
+        };
+        let prefix_turns = segments.iter().map(|part| turns(part.prefix)).collect::<Result<_>>()?;
+        let tracked = Tracked { pass, segments, prefix_turns, adapters };
+        let tokens: Vec<u32> = segments.iter().flat_map(|part| part.tokens).copied().collect();
+        let mut x = self.embedded(&tokens)?;
+        if adapters.is_empty() && !compute.is_card() {
+            let lengths: Vec<_> = places.iter().map(|(prefix, new)| (prefix.len(), new.len())).collect();
+            let shared = Arc::new(Shared::new(&tracked.pass, &lengths)?);
+            for (index, block) in self.blocks.iter().enumerate() {
+                let (k, v) = tracked.prefixes(index)?;
+                x = x.contiguous()?.apply_op3(&k, &v, Layer::new(block, &shared, index))?;
+            }
+        } else {
+            for (index, block) in self.blocks.iter().enumerate() {
+                x = block.tracked(&x, index, &tracked)?;
+            }
         }
-        let x = self.norm.tracked(&x.narrow(0, scored.start, scored.len())?)?;
+        let rows = Tensor::new(scored(segments), compute.device())?;
+        let x = self.norm.tracked(&x.index_select(&rows, 0)?)?;
         self.head.as_ref().unwrap_or(&self.embedding).tracked_scores(&x)
     }
+}
+
+/// The rows of all tokens whose logits are wanted.
+fn scored(segments: &[TrackedSegment<'_>]) -> Vec<u32> {
+    let (mut rows, mut first) = (Vec::new(), 0);
+    for part in segments {
+        rows.extend(part.scored.clone().map(|row| (first + row) as u32));
+        first += part.tokens.len();
+    }
+    rows
 }
 
 impl Tracked<'_> {
@@ -188,14 +226,29 @@ impl Tracked<'_> {
         tensor.to_device(self.pass.compute.device())
     }
 
-    /// K (rotated) and V of the prefix in one layer.
-    fn prefix(&self, layer: usize) -> Result<(Tensor, Tensor)> {
-        let (k, v) = &self.prefix.layers[layer];
+    /// K (rotated) and V of one sequence's prefix in one layer.
+    fn prefix(&self, sequence: usize, layer: usize) -> Result<(Tensor, Tensor)> {
+        let (k, v) = &self.segments[sequence].prefix.layers[layer];
         let (k, v) = (self.here(k)?, self.here(v)?);
-        match self.prefix_turns.get(self.pass.setting_of[layer]) {
+        match self.prefix_turns[sequence].get(self.pass.setting_of[layer]) {
             Some(setting) => Ok((setting.tracked(&k)?, v)),
             None => Ok((k, v)),
         }
+    }
+
+    /// The same of all sequences, `[H_kv, ΣP, D]` each.
+    fn prefixes(&self, layer: usize) -> Result<(Tensor, Tensor)> {
+        let all = (0..self.segments.len()).map(|sequence| self.prefix(sequence, layer)).collect::<Result<Vec<_>>>()?;
+        let (k, v): (Vec<_>, Vec<_>) = all.into_iter().unzip();
+        Ok((beside(&k, 1)?, beside(&v, 1)?))
+    }
+}
+
+/// Tensors after each other along an axis, contiguous; one is itself.
+fn beside(tensors: &[Tensor], axis: usize) -> Result<Tensor> {
+    match tensors {
+        [tensor] => tensor.contiguous(),
+        tensors => Tensor::cat(tensors, axis)?.contiguous(),
     }
 }
 
@@ -229,20 +282,28 @@ impl Attention {
         let v = heads(v, self.kv_heads, None)?;
         let setting = tracked.pass.setting(index);
         let (q, k) = (setting.tracked(&q)?, setting.tracked(&k)?);
-        let (before_k, before_v) = tracked.prefix(index)?;
-        let (k, v) = match tracked.prefix.positions.is_empty() {
-            true => (k, v),
-            false => (Tensor::cat(&[before_k, k], 1)?, Tensor::cat(&[before_v, v], 1)?),
-        };
-        let columns = k.dim(1)?;
-
-        let grouped = (self.kv_heads, self.heads / self.kv_heads * length, self.head_dim);
-        let scores = q.reshape(grouped)?.matmul(&k.transpose(1, 2)?)?.reshape((self.heads, length, columns))?;
-        let probabilities =
-            grad::softmax(&scores, self.scale, setting.masks[0].as_ref(), tracked.pass.compute.is_card())?;
-        let mixed = probabilities.reshape((grouped.0, grouped.1, columns))?.matmul(&v)?;
-        let mixed = mixed.reshape((self.heads, length, self.head_dim))?.transpose(0, 1)?;
-        let mixed = mixed.reshape((length, self.heads * self.head_dim))?;
+        let mut mixed = Vec::with_capacity(tracked.segments.len());
+        let mut start = 0;
+        for (sequence, part) in tracked.segments.iter().enumerate() {
+            let length = part.tokens.len();
+            let of = |x: &Tensor| x.narrow(1, start, length)?.contiguous();
+            let (before_k, before_v) = tracked.prefix(sequence, index)?;
+            let (k, v) = match part.prefix.positions.is_empty() {
+                true => (of(&k)?, of(&v)?),
+                false => (Tensor::cat(&[before_k, of(&k)?], 1)?, Tensor::cat(&[before_v, of(&v)?], 1)?),
+            };
+            let columns = k.dim(1)?;
+            let grouped = (self.kv_heads, self.heads / self.kv_heads * length, self.head_dim);
+            let scores = of(&q)?.reshape(grouped)?.matmul(&k.transpose(1, 2)?)?;
+            let scores = scores.reshape((self.heads, length, columns))?;
+            let mask = setting.masks[sequence].as_ref();
+            let shares = grad::softmax(&scores, self.scale, mask, tracked.pass.compute.is_card())?;
+            let heads = shares.reshape((grouped.0, grouped.1, columns))?.matmul(&v)?;
+            let heads = heads.reshape((self.heads, length, self.head_dim))?.transpose(0, 1)?;
+            mixed.push(heads.reshape((length, self.heads * self.head_dim))?);
+            start += length;
+        }
+        let mixed = beside(&mixed, 0)?;
         tracked.adapted(index, Projection::AttentionOutput, &mixed, self.output.tracked(&mixed)?)
     }
 }

@@ -108,56 +108,76 @@ pub(super) fn scale_min(j: usize, packed: &[u8]) -> (u8, u8) {
     }
 }
 
-/// Writes one stored row as f32.
-pub(super) fn dequantize(kind: QuantKind, row: &[u8], out: &mut [f32]) {
-    pulp::Arch::new().dispatch(|| dequantize_plain(kind, row, out));
+/// Writes stored rows of `width` values as f32.
+pub(super) fn dequantize<'a>(kind: QuantKind, rows: impl Iterator<Item = &'a [u8]>, width: usize, out: &mut [f32]) {
+    pulp::Arch::new().dispatch(Rows { kind, rows, width, out });
+}
+
+struct Rows<'b, I> {
+    kind: QuantKind,
+    rows: I,
+    width: usize,
+    out: &'b mut [f32],
+}
+
+impl<'a, I: Iterator<Item = &'a [u8]>> pulp::WithSimd for Rows<'_, I> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        for (row, out) in self.rows.zip(self.out.chunks_exact_mut(self.width)) {
+            dequantize_plain(self.kind, row, out);
+        }
+    }
+}
+
+/// Runs the last argument for each block of a row and the values it holds. Sizes are known when this is compiled, so that loops
+/// over a block become vector code without remainders; not a function of a closure, as that might be compiled apart from its
+/// caller, without the caller's vector instructions.
+macro_rules! blocks {
+    ($bytes:literal, $values:literal, $row:expr, $output:expr, |$block:ident, $out:ident| $decode:expr) => {{
+        let (blocks, values) = ($row.as_chunks::<$bytes>().0, $output.as_chunks_mut::<$values>().0);
+        for (block, $out) in blocks.iter().zip(values) {
+            // A copy of its own is not what is written to, as far as the compiler can see.
+            let $block = &{ *block };
+            $decode;
+        }
+    }};
 }
 
 /// The same as plain loops, to be compiled for whatever the processor has.
 #[inline(always)]
 fn dequantize_plain(kind: QuantKind, row: &[u8], out: &mut [f32]) {
     match kind {
-        QuantKind::F32 => blocks::<4, 1>(row, out, |block, out| out[0] = f32::from_le_bytes(*block)),
-        QuantKind::F16 => blocks::<2, 1>(row, out, |block, out| out[0] = half_at(block, 0)),
-        QuantKind::Bf16 => blocks::<2, 1>(row, out, |block, out| out[0] = bf16::from_le_bytes(*block).to_f32()),
+        QuantKind::F32 => blocks!(4, 1, row, out, |block, out| out[0] = f32::from_le_bytes(*block)),
+        QuantKind::F16 => blocks!(2, 1, row, out, |block, out| out[0] = half_at(block, 0)),
+        QuantKind::Bf16 => blocks!(2, 1, row, out, |block, out| out[0] = bf16::from_le_bytes(*block).to_f32()),
         QuantKind::Q4_0 => {
-            blocks::<18, 32>(row, out, |block, out| nibbles(half_at(block, 0), -8.0, 0.0, &block[2..18], out));
+            blocks!(18, 32, row, out, |block, out| nibbles(half_at(block, 0), -8.0, 0.0, &block[2..18], out));
         }
         QuantKind::Q4_1 => {
-            blocks::<20, 32>(row, out, |block, out| {
+            blocks!(20, 32, row, out, |block, out| {
                 nibbles(half_at(block, 0), 0.0, half_at(block, 2), &block[4..20], out);
             });
         }
-        QuantKind::Q5_0 => blocks::<22, 32>(row, out, |block, out| {
+        QuantKind::Q5_0 => blocks!(22, 32, row, out, |block, out| {
             five(half_at(block, 0), -16.0, 0.0, &block[2..6], &block[6..22], out);
         }),
-        QuantKind::Q5_1 => blocks::<24, 32>(row, out, |block, out| {
+        QuantKind::Q5_1 => blocks!(24, 32, row, out, |block, out| {
             five(half_at(block, 0), 0.0, half_at(block, 2), &block[4..8], &block[8..24], out);
         }),
-        QuantKind::Q8_0 => blocks::<34, 32>(row, out, |block, out| {
+        QuantKind::Q8_0 => blocks!(34, 32, row, out, |block, out| {
             let scale = half_at(block, 0);
             for (out, byte) in out.iter_mut().zip(&block[2..34]) {
                 *out = scale * f32::from(byte.cast_signed());
             }
         }),
-        QuantKind::Q2K => blocks::<84, 256>(row, out, |block, out| q2k(block, out)),
-        QuantKind::Q3K => blocks::<110, 256>(row, out, |block, out| q3k(block, out)),
-        QuantKind::Q4K => blocks::<144, 256>(row, out, |block, out| q4k(block, out)),
-        QuantKind::Q5K => blocks::<176, 256>(row, out, |block, out| q5k(block, out)),
-        QuantKind::Q6K => blocks::<210, 256>(row, out, |block, out| q6k(block, out)),
+        QuantKind::Q2K => blocks!(84, 256, row, out, |block, out| q2k(block, out)),
+        QuantKind::Q3K => blocks!(110, 256, row, out, |block, out| q3k(block, out)),
+        QuantKind::Q4K => blocks!(144, 256, row, out, |block, out| q4k(block, out)),
+        QuantKind::Q5K => blocks!(176, 256, row, out, |block, out| q5k(block, out)),
+        QuantKind::Q6K => blocks!(210, 256, row, out, |block, out| q6k(block, out)),
     }
-}
-
-/// Calls `decode` with each block of a row and the values it holds. Sizes are known when this is compiled, so that loops over
-/// a block become vector code without remainders.
-#[inline(always)]
-fn blocks<const BYTES: usize, const VALUES: usize>(
-    row: &[u8],
-    out: &mut [f32],
-    decode: impl Fn(&[u8; BYTES], &mut [f32; VALUES]),
-) {
-    let (blocks, values) = (row.as_chunks().0, out.as_chunks_mut().0);
-    blocks.iter().zip(values).for_each(|(block, out)| decode(block, out));
 }
 
 /// x = scale · (q + offset) + min; low nibbles are values 0–15, high ones 16–31.

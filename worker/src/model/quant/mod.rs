@@ -218,10 +218,21 @@ impl QuantMatrix {
     /// # Panics
     /// If a row does not exist or `out` has another length.
     pub fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        assert_eq!(out.len(), rows.len() * self.cols, "out must be [rows, cols]");
-        for (row, out) in rows.zip(out.chunks_mut(self.cols)) {
-            block::dequantize(self.kind, self.row(row), out);
-        }
+        self.dequantize_tile(rows, 0..self.cols, out);
+    }
+
+    /// Writes columns `cols`, whole blocks, of rows `rows` as f32 to `out`, `[rows, cols]`.
+    ///
+    /// # Panics
+    /// If a row or column does not exist, `cols` cuts a block, or `out` has another length.
+    pub fn dequantize_tile(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        let block = self.kind.block_values();
+        assert!(cols.start.is_multiple_of(block) && cols.len().is_multiple_of(block), "blocks are whole");
+        assert!(cols.end <= self.cols && rows.end <= self.rows, "the tile lies inside the matrix");
+        assert_eq!(out.len(), rows.len() * cols.len(), "out must be [rows, cols]");
+        let part = self.kind.row_bytes(cols.start)..self.kind.row_bytes(cols.end);
+        let rows = rows.map(|row| &self.row(row)[part.clone()]);
+        block::dequantize(self.kind, rows, cols.len(), out);
     }
 
     /// `y = x · Wᵀ` for `x: [T, cols]` and `y: [T, rows]`. Below [`PREFILL_ROWS_MIN`] rows the activations are rounded to 8
@@ -231,41 +242,6 @@ impl QuantMatrix {
     /// If `x` or `y` has another length.
     pub fn matmul(&self, x: &[f32], y: &mut [f32], kernel: Kernel) {
         products(&Operand::new(x, self.cols, kernel), [(self, y)]);
-    }
-
-    /// `x = y · W` for `y: [T, rows]` and `x: [T, cols]`: what [`QuantMatrix::matmul`] hands back to its activations as a
-    /// gradient. Exact up to f32 rounding; the same bits for the same number of threads.
-    ///
-    /// # Panics
-    /// If `x` or `y` has another length.
-    #[expect(unsafe_code, reason = "the product takes an output that tasks could share")]
-    pub fn matmul_transposed(&self, y: &[f32], x: &mut [f32]) {
-        let tokens = y.len() / self.rows;
-        assert_eq!(y.len(), tokens * self.rows, "y must be [T, rows]");
-        assert_eq!(x.len(), tokens * self.cols, "x must be [T, cols]");
-        let tiles = self.rows.div_ceil(TILE_ROWS);
-        let share = tiles.div_ceil(team().size());
-        // Every thread sums up its own tiles; the sums are added in order.
-        let mut sums = vec![Vec::new(); tiles.div_ceil(share)];
-        team().chunks(&mut sums, 1, |part, sum| {
-            let mut total = vec![0f32; x.len()];
-            with_scratch(TILE_ROWS * self.cols, |tile| {
-                for index in part * share..((part + 1) * share).min(tiles) {
-                    let rows = index * TILE_ROWS..((index + 1) * TILE_ROWS).min(self.rows);
-                    let weights = &mut tile[..rows.len() * self.cols];
-                    self.dequantize_rows(rows.clone(), weights);
-                    let y = View::new(&y[rows.start..], [tokens, rows.len()], self.rows);
-                    let weights = View::new(weights, [rows.len(), self.cols], self.cols);
-                    // SAFETY: `total` is this task's alone.
-                    unsafe { Output::new(&mut total, self.cols).multiply((0, 0), true, 1.0, y, weights) };
-                }
-            });
-            sum[0] = total;
-        });
-        x.fill(0.0);
-        for sum in sums {
-            x.iter_mut().zip(sum).for_each(|(x, sum)| *x += sum);
-        }
     }
 
     /// Rows that one task takes: a tile, or enough to hide the hand-over.

@@ -12,7 +12,7 @@ pub(super) fn dot(kind: QuantKind, row: &[u8], x: &Activations) -> f32 {
     let mut total = 0f32;
     for (index, block) in row.chunks(bytes).enumerate() {
         let count = block.len() / kind.block_bytes() * kind.block_values();
-        dequantize(kind, block, &mut weights[..count]);
+        dequantize(kind, std::iter::once(block), count, &mut weights[..count]);
         let first = index * values / BLOCK;
         for (part, weights) in weights[..count].chunks(BLOCK).enumerate() {
             let q = &x.q[(first + part) * BLOCK..][..weights.len()];

@@ -4,6 +4,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
 use super::*;
+use crate::model::frozen::Frozen;
+use crate::model::panel::{rows_times, rows_times_transposed};
 
 const KINDS: [(QuantKind, GgmlDType); 13] = [
     (QuantKind::F32, GgmlDType::F32),
@@ -148,17 +150,22 @@ fn rows_that_are_no_whole_blocks_of_activations_are_multiplied_exactly() {
 }
 
 #[test]
-fn the_transposed_product_is_that_of_the_values() {
+fn products_with_gradients_are_those_of_the_values() {
     for (kind, dtype) in KINDS {
-        let (matrix, weights) = matrix(kind, dtype, 150, 256);
-        let y = noise(3 * 150, 9);
-        let mut x = vec![1f32; 3 * 256];
-        matrix.matmul_transposed(&y, &mut x);
-        let turned: Vec<f32> = (0..256)
-            .flat_map(|col| (0..150).map(move |row| (row, col)))
-            .map(|(row, col)| weights[row * 256 + col])
-            .collect();
-        let error = relative(&x, &product(&turned, &y, 256, 150));
-        assert!(error < 1e-5, "{kind}: {error}");
+        let (matrix, weights) = matrix(kind, dtype, 150, 512);
+        let weight = Frozen::Stored { matrix: &matrix, first: 0, rows: 150 };
+        // One token, a few, more than one panel of 16, and more than the kernel takes at once.
+        for tokens in [1, 3, 33, 100] {
+            let x = noise(tokens * 512, 3);
+            let error = relative(&rows_times(&x, weight), &product(&weights, &x, 150, 512));
+            assert!(error < 1e-5, "{kind}, {tokens} tokens: {error}");
+            let y = noise(tokens * 150, 9);
+            let turned: Vec<f32> = (0..512)
+                .flat_map(|col| (0..150).map(move |row| (row, col)))
+                .map(|(row, col)| weights[row * 512 + col])
+                .collect();
+            let error = relative(&rows_times_transposed(&y, weight), &product(&turned, &y, 512, 150));
+            assert!(error < 1e-5, "{kind}, {tokens} tokens, transposed: {error}");
+        }
     }
 }

@@ -6,16 +6,19 @@ use std::path::PathBuf;
 
 use protocol::experiment::Spread;
 use protocol::experiment::projector::{
-    Corpus, CorpusText, Couriers, FuserRecipe, LayerMap, Loss, Method, Pairs, Precision, Regime, Samples, Schedule,
-    Stage, TrainSpec,
+    Corpus, CorpusText, Couriers, FuserRecipe, LayerMap, Loss, Method, Pairs, Precision, ProjectorRef, Regime,
+    RidgeRecipe, Samples, Schedule, Stage, TrainSpec,
 };
 use protocol::results::{RoundResult, StepsResult};
 use worker::cache::KvCache;
 use worker::experiment::ExperimentError;
 use worker::experiment::projector::rounds::{Corpora, Start, outer, send_caches, steps};
+use worker::experiment::projector::train::{make_caches, solve, statistics};
 use worker::model::Model;
-use worker::projector::Projector;
+use worker::projector::corpus::Corpus as Opened;
 use worker::projector::fuser::{Delta, weights_hash};
+use worker::projector::reading::Reading;
+use worker::projector::{Alignment, Own, Projector};
 
 use crate::tiny::Tiny;
 
@@ -230,4 +233,51 @@ fn weights_of_another_training_are_refused() {
         format!("{:?}", refused(&first)).contains("starts from weights"),
         "a delta from weights of the round before"
     );
+}
+
+/// A ridge projector between the two, from the same corpus.
+fn ridge(two: &Two, spec: &TrainSpec) -> Projector {
+    let recipe = RidgeRecipe { lambdas: vec![0.1], held_out_percent: 20 };
+    let spec = TrainSpec { method: Method::Ridge(recipe), ..spec.clone() };
+    let corpus = Opened::open_paths(&spec.corpus, spec.seed).unwrap();
+    let samples = Samples { first: 0, count: 12 };
+    let mut sent: BTreeMap<String, KvCache> = BTreeMap::new();
+    let mut emit = |key: &str, cache: &KvCache| {
+        sent.insert(key.to_owned(), cache.clone());
+        Ok(())
+    };
+    make_caches(&two.source, &corpus, &samples, &mut emit, &mut |_, _, _| Ok(())).unwrap();
+    let mut fetch = |key: &str| Ok(sent.remove(key).unwrap());
+    let sums = statistics(&two.target, &spec, &corpus, &samples, &mut fetch, &mut |_, _, _| Ok(())).unwrap().0;
+    solve(&sums, &spec).unwrap().projector
+}
+
+#[test]
+fn a_fuser_starts_as_what_it_refines_and_its_file_holds_both() {
+    let two = models();
+    let trained = |learning_rate: f64| {
+        let spec = spec(|recipe| {
+            recipe.base = Some(ProjectorRef::Trained(0));
+            recipe.learning_rate = learning_rate;
+        });
+        let base = ridge(&two, &spec);
+        let start = Start { previous: None, base: Some(&base) };
+        let (delta, _) = shard(&two, &spec, 0, 0, Samples { first: 0, count: 8 }, start);
+        (base.clone(), closed(&spec, 0, start, &[(delta, 8)]).0)
+    };
+    let text = "Zoe is a baker who lives in Rome.";
+    let read = |model: &Model| Reading::of_text(model.tokenizer(), text).unwrap();
+    let source = read(&two.source).cache(&two.source).unwrap();
+    let reading = read(&two.target);
+    let alignment = Alignment::by_spans(&reading.spans, source.spans().unwrap()).unwrap();
+    let own = Own::First.cache(&two.target, &reading).unwrap();
+    let projected = |projector: &Projector| projector.project(&source, &alignment, &own).unwrap();
+    let (base, still) = trained(0.0);
+    assert_eq!(projected(&still), projected(&base), "without a step nothing is added");
+    let (_, moved) = trained(1e-2);
+    assert_ne!(projected(&moved), projected(&base));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("p.safetensors");
+    moved.save(&path).unwrap();
+    assert_eq!(projected(&Projector::load(&path).unwrap()), projected(&moved));
 }

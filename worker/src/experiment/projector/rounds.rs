@@ -7,7 +7,6 @@
 //! The source's seat sends its cache of each sample; replica 0 also gets some that no step sees, and validates the weights that
 //! the round starts from.
 
-use candle_core::Device;
 use half::f16;
 use protocol::experiment::projector::{
     Corpus as CorpusSpec, FuserRecipe, Loss, Method, Pairs, Samples, Stage, TrainSpec,
@@ -377,7 +376,7 @@ impl Replica<'_, '_> {
                 dropout: recipe.dropout,
                 temperature: temperature(recipe.temperature_end, step, total),
                 seed: self.spec.seed,
-                device: device(self.model),
+                device: self.model.device().clone(),
             };
             let mut gradient = gradient(self.model, shape, &weights, &examples, &options)?;
             let gradient_norm = clip(&mut gradient.values, recipe.clip);
@@ -391,10 +390,6 @@ impl Replica<'_, '_> {
         progress(samples.count, samples.count, "done")?;
         Ok((weights, rows))
     }
-}
-
-fn device(model: &Model) -> Device {
-    model.device().clone()
 }
 
 /// Gives each example the prefix of the one before, the first that of the last.

@@ -1,9 +1,7 @@
 //! Trainings: rounds that follow on each other, shares by speed, the ledger of samples, what faults cost.
 
 use protocol::control::{FailureKind, StartSeat};
-use protocol::experiment::projector::{
-    EvalSpec, Method, PROJECTOR, Projected, ProjectorRef, START, Stage, Tier, TrainSpec,
-};
+use protocol::experiment::projector::{EvalSpec, Method, Projected, ProjectorRef, START, Stage, Tier, TrainSpec};
 use protocol::experiment::{ShardSpec, Spread};
 use protocol::group::Group;
 use protocol::ids::{AttemptId, Role, RunId, ShardId, WorkerId};

@@ -1,4 +1,4 @@
-//! `bonepile demo`: a whole cluster on this machine, a real sweep, tables and a report.
+//! `bonepile demo`: a whole cluster on this machine, real sweeps, tables and reports.
 //!
 //! Nothing here is special: the same programs, commands and files as by hand, two worker processes instead of two boxes. The
 //! processes are always ended, whatever happens; what failed keeps its directory.
@@ -30,10 +30,12 @@ use crate::cli::{init, research, results, watch};
 use crate::clock::now;
 use crate::report::summary::Summary;
 
-/// The sweep: the same file that the README submits by hand.
-const SWEEP: &str = include_str!("../../../examples/first-look.toml");
-const SWEEP_NAME: &str = "first-look.toml";
-/// Workers: as many as the sweep's seats on different workers need.
+/// The sweeps, one after the other: the same files that one submits by hand.
+const SWEEPS: [(&str, &str); 2] = [
+    ("first-look.toml", include_str!("../../../examples/first-look.toml")),
+    ("projector.toml", include_str!("../../../examples/projector.toml")),
+];
+/// Workers: as many as the sweeps' seats on different workers need.
 const WORKERS: usize = 2;
 /// Longest wait for the coordinator to answer and for the workers to be online.
 const START_MAX: Duration = Duration::from_secs(60);
@@ -107,20 +109,26 @@ async fn story(
     until_online(&client, children).await?;
     context.output.note(&format!("{WORKERS} workers online, {} compute threads each", share.threads));
 
-    let answer = research::submit_text(&client, SWEEP_NAME, SWEEP).await?;
-    context.output.note(&format!("{} submitted as {}: {} shards", SWEEP_NAME, answer.run, answer.shards));
-    let detail = tokio::select! {
-        detail = watch::follow_quietly(context, &client, answer.run) => detail?,
-        failure = children.first_to_end() => return Err(failure),
-    };
-    let results::Written { page: path, results, .. } = results::write_report(&client, answer.run).await?;
-    let summary = Summary::of(&results);
-    let text = ending(&detail, &summary, context.output.style(), &path);
-    let data = json!({ "run": detail.summary, "summary": summary, "report": path, "store": made.config.store_path });
-    let code = watch::exit_code(&detail.summary);
-    if code != crate::cli::exit::OK {
-        context.output.note(&children.tails());
+    let (mut acts, mut text, mut code) = (Vec::new(), String::new(), crate::cli::exit::OK);
+    for (name, sweep) in SWEEPS {
+        let answer = research::submit_text(&client, name, sweep).await?;
+        context.output.note(&format!("{name} submitted as {}", answer.run));
+        let detail = tokio::select! {
+            detail = watch::follow_quietly(context, &client, answer.run) => detail?,
+            failure = children.first_to_end() => return Err(failure),
+        };
+        let results::Written { page: path, results, .. } = results::write_report(&client, answer.run).await?;
+        let summary = Summary::of(&results);
+        text.push_str(&ending(&detail, &summary, context.output.style(), &path));
+        acts.push(json!({ "run": detail.summary, "summary": summary, "report": path }));
+        code = watch::exit_code(&detail.summary);
+        if code != crate::cli::exit::OK {
+            context.output.note(&children.tails());
+            break;
+        }
+        text.push('\n');
     }
+    let data = json!({ "acts": acts, "store": made.config.store_path });
     Ok((Document::new(&data, text), code))
 }
 
@@ -140,11 +148,13 @@ fn ending(detail: &RunDetail, summary: &Summary, style: Style, path: &Path) -> S
     )
 }
 
-/// The models that the sweep names must be here: the demo downloads nothing.
+/// The models that the sweeps name must be here: the demo downloads nothing.
 fn check_models() -> Result<(), Failure> {
-    let sweep = Sweep::parse(SWEEP_NAME, SWEEP).map_err(|error| Failure::in_source("bad-sweep", &error, SWEEP))?;
-    let mut names = sweep.models();
+    let parse = |(name, text)| Sweep::parse(name, text).map_err(|error| Failure::in_source("bad-sweep", &error, text));
+    let sweeps = SWEEPS.into_iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+    let mut names: Vec<&str> = sweeps.iter().flat_map(Sweep::models).collect();
     names.sort_unstable();
+    names.dedup();
     let models = ModelsDir::from_env()?;
     let missing: Vec<&str> = names
         .into_iter()

@@ -110,7 +110,7 @@ pub(crate) fn apply<const N: usize>(x: &Panels, weights: [Frozen<'_>; N]) -> [Pa
         assert_eq!(weight.inputs(), x.features, "a weight meets its inputs");
         Panels::zeros(weight.outputs(), x.tokens)
     });
-    let outputs = results.each_mut().map(|result| Lines::new(result));
+    let outputs = results.each_mut().map(Lines::new);
     let pieces = weights.map(|weight| weight.outputs().div_ceil(ROWS_PER_TASK));
     let operand = x.lines(0..x.features);
     team().each(pieces.iter().sum(), |mut piece| {
@@ -213,6 +213,7 @@ impl<'a> Lines<'a> {
     /// # Safety
     /// No other task reads or writes them meanwhile.
     #[expect(unsafe_code, reason = "lines of all panels are not one slice")]
+    #[expect(clippy::mut_from_ref, reason = "callers promise that parts do not overlap")]
     unsafe fn some(&self, features: &Range<usize>) -> Vec<&mut [Line]> {
         let rows = |panel: usize| panel * self.features + features.start..panel * self.features + features.end;
         // SAFETY: the caller's.

@@ -71,6 +71,9 @@ struct Kept {
     up: Panels,
 }
 
+/// Of the residual stream, `[T, C]`, None where it is embeddings; of the prefixes' K and V, `[H_kv, ΣP, D]` each.
+type Gradients = (Option<Vec<f32>>, [Vec<f32>; 2]);
+
 impl Shared {
     /// `lengths`: columns of the prefix and new tokens of each sequence, as `pass` has them.
     pub(super) fn new(pass: &Pass<'_, '_>, lengths: &[(usize, usize)]) -> Result<Self> {
@@ -139,7 +142,7 @@ impl Layer {
     }
 
     /// The gradients of what came in: of the residual stream, unless these are embeddings, and of the prefix's K and V.
-    fn backward(&self, x: &[f32], prefix: [&[f32]; 2], dy: &[f32]) -> Result<(Option<Vec<f32>>, [Vec<f32>; 2])> {
+    fn backward(&self, x: &[f32], prefix: [&[f32]; 2], dy: &[f32]) -> Result<Gradients> {
         let Some(kept) = self.kept.get() else { candle_core::bail!("a layer goes back before it went forward") };
         let block = &*self.block;
         let a = &block.attention;

@@ -65,6 +65,7 @@ impl Job<'_, '_, '_> {
 
     /// Rows from `row` on while there are `R` of them. The first row not done.
     #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "one number is a place in several arrays")]
     fn rows<S: Simd, const R: usize, const P: usize, const W: usize>(
         &mut self,
         simd: S,

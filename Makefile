@@ -62,10 +62,11 @@ bench-model:
 	$(CARGO) build --release --locked -p worker --bin bonepile-executor --no-default-features --features executor
 	python3 tests/bench/model.py $(RELEASE)/bonepile-executor
 
-# Steps of training beside PyTorch, which comes from packages the first time.
-bench-train:
-	$(CARGO) build --release --locked -p worker --bin bonepile-executor --no-default-features --features executor
+# Steps of training beside PyTorch, which comes from packages the first time; then a training split over two boxes and one over four
+# unequal replicas, behind shaped links in network namespaces, which need root.
+bench-train: build
 	python3 tests/bench/train.py $(RELEASE)/bonepile-executor
+	python3 tests/bench/rounds.py $(RELEASE)
 
 # What projectors between the two models carry, both directions, with every control; half an hour on two cores.
 bench-projector:

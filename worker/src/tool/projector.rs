@@ -26,6 +26,9 @@ use crate::projector::corpus::{Corpus, places};
 use crate::projector::ridge::statistics::Statistics;
 use crate::support::ElementType;
 
+/// Steps between two lines on stderr.
+const SAID_EACH: u32 = 16;
+
 /// `projector …`.
 #[derive(Debug, Subcommand)]
 pub enum ProjectorCommand {
@@ -228,7 +231,7 @@ fn train(args: &TrainArgs) -> Result<(), ToolError> {
             source_s += began.elapsed().as_secs_f64();
             Ok(sent.expect("one sample is one cache"))
         };
-        parts.push(statistics(&target, &spec, &corpus, &samples, &mut fetch, &mut |_, _, _| Ok(()))?.0);
+        parts.push(statistics(&target, &spec, &corpus, &samples, &mut fetch, &mut watch("sums".to_owned()))?.0);
     }
     let sums_s = started.elapsed().as_secs_f64();
     let began = Instant::now();
@@ -247,6 +250,18 @@ fn train(args: &TrainArgs) -> Result<(), ToolError> {
         "target_and_sums_s": sums_s - source_s,
         "solve_s": solve_s,
     }))
+}
+
+/// A line on stderr now and then.
+fn watch(what: String) -> impl FnMut(u32, u32, &str) -> Result<(), ExperimentError> {
+    let mut last = None;
+    move |done, _, note| {
+        if last != Some(done) && done.is_multiple_of(SAID_EACH) {
+            tracing::info!("{what}: {note}");
+        }
+        last = Some(done);
+        Ok(())
+    }
 }
 
 /// Whole samples, as equal as can be.
@@ -291,11 +306,12 @@ fn eval(args: &EvalArgs) -> Result<(), ToolError> {
             sent.insert(key.to_owned(), cache.clone());
             Ok(())
         };
-        send_facts(&source, &spec, &mut emit, &mut |_, _, _| Ok(()))?;
+        send_facts(&source, &spec, &mut emit, &mut watch(format!("{tier}, source")))?;
         let mut fetch = |key: &str| {
             sent.remove(key).ok_or(ExperimentError::Packet { key: key.to_owned(), what: "asked for twice".to_owned() })
         };
-        results.push(score(&target, &spec, (&projector, shuffled.as_ref()), &mut fetch, &mut |_, _, _| Ok(()))?);
+        let mut said = watch(format!("{tier}, target"));
+        results.push(score(&target, &spec, (&projector, shuffled.as_ref()), &mut fetch, &mut said)?);
     }
     print_json(&serde_json::to_value(results).expect("results are plain data"))
 }

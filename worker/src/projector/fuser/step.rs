@@ -1,20 +1,19 @@
 //! The loss of a fuser through the frozen target, and its gradient.
 //!
-//! The way back is cut in two at the fused cache. For each sample the decoder gives the loss's gradient with respect to that
-//! sample's keys and values, and its activations are dropped; then the fuser gives, once a micro-batch, the gradient with
-//! respect to its weights. So activations of the decoder are held for one sample, those of the fuser for one micro-batch, and
-//! with checkpointing the fuser's are not even held while the decoder works: they are computed again. Batches of any size take
-//! the same memory. Does not know optimisers, rounds or where caches come from.
+//! The way back is cut in two at the fused cache. For each micro-batch the decoder gives the loss's gradient with respect to its
+//! samples' keys and values, in one pass that reads weights once, and its activations are dropped; then the fuser gives the
+//! gradient with respect to its weights. With checkpointing the fuser's activations are not held while the decoder works: they
+//! are computed again. Batches of any size take the memory of one micro-batch. Does not know optimisers, rounds or where caches come from.
 
 use std::ops::Range;
 
-use candle_core::{D, Device, Result, Tensor, Var};
+use candle_core::{D, DType, Device, Result, Tensor, Var};
 use protocol::experiment::projector::Precision;
 
 use super::net::{Mode, Net};
 use super::noise::Noise;
 use super::shape::FuserShape;
-use crate::model::{Adapters, Model, ModelError, TrackedCache, next_token_loss};
+use crate::model::{Adapters, Model, ModelError, TrackedCache, TrackedSegment, next_token_loss};
 
 /// Halvings of the loss's scale before a gradient counts as infinite.
 const HALVINGS_MAX: u32 = 40;
@@ -63,7 +62,7 @@ pub struct StepOptions {
     pub precision: Precision,
     /// The fuser's activations are computed again on the way back.
     pub checkpointing: bool,
-    /// Samples whose activations of the fuser are held together, 1 or more.
+    /// Samples of a pass, whose activations are held together, 1 or more.
     pub micro_batch: usize,
     /// Probability that a number is dropped.
     pub dropout: f64,
@@ -125,20 +124,14 @@ pub fn gradient_under(
             // Weights without variables leave no trace to go back by.
             None => inputs.fuse(&net.detached(), options)?,
         };
-        let mut gradients = Vec::with_capacity(part.len());
-        for (example, columns) in part.iter().zip(&inputs.columns) {
-            let own = values.narrow(1, columns.start, columns.len())?;
-            let share = example.suffix.scored.len() as f64 / scored as f64;
-            let (loss, gradient) = decoder_gradient(model, shape, example, &own)?;
-            total.loss += loss * share;
-            gradients.push((gradient * share)?);
-        }
+        let (loss, gradient) = decoder_gradient(model, shape, part, &inputs.columns, &values, scored)?;
+        total.loss += loss;
         drop(values);
         let fused = match kept {
             Some(fused) => fused,
             None => inputs.fuse(&net, options)?,
         };
-        let gradient = Tensor::cat(&gradients, 1)?.to_device(&options.device)?;
+        let gradient = gradient.to_device(&options.device)?;
         add_weight_gradient(&fused, &gradient, &variables, shape, options.precision, &mut total.values)?;
     }
     Ok(total)
@@ -160,8 +153,8 @@ pub fn loss(
         let fused = fused_columns(net, &example.prefix, Mode::Use, device)?.to_device(&Device::Cpu)?;
         let rows: Vec<Tensor> = (0..shape.maps()).map(|map| fused.get(map)).collect::<Result<_>>()?;
         let cache = cache_of(shape, &rows, &example.prefix)?;
-        let loss = suffix_loss(model, &cache, &Suffix { teacher: None, ..example.suffix.clone() })?;
-        sum += f64::from(loss.to_scalar::<f32>()?) * example.suffix.scored.len() as f64;
+        let suffix = Suffix { teacher: None, ..example.suffix.clone() };
+        sum += f64::from(suffix_losses(model, &[cache], std::iter::once(&suffix))?.to_scalar::<f32>()?);
         count += example.suffix.scored.len();
     }
     Ok(sum / f64::from(u32::try_from(count.max(1)).expect("scored tokens fit 32 bits")))
@@ -223,18 +216,24 @@ impl Inputs {
     }
 }
 
-/// The loss of one sample with the fused columns `[maps, n - own, d_r]`, and its gradient with respect to them.
+/// What the samples of a micro-batch add to the mean loss over `scored` tokens, with their fused columns `[maps, N, d_r]` beside
+/// each other, and the gradient with respect to these.
 fn decoder_gradient(
     model: &Model,
     shape: &FuserShape,
-    example: &Example,
+    part: &[Example],
+    columns: &[Range<usize>],
     fused: &Tensor,
+    scored: usize,
 ) -> std::result::Result<(f64, Tensor), ModelError> {
     let fused = fused.to_device(&Device::Cpu)?;
     let leaves = (0..shape.maps()).map(|map| Var::from_tensor(&fused.get(map)?)).collect::<Result<Vec<_>>>()?;
-    let rows: Vec<Tensor> = leaves.iter().map(|leaf| leaf.as_tensor().clone()).collect();
-    let cache = cache_of(shape, &rows, &example.prefix)?;
-    let loss = suffix_loss(model, &cache, &example.suffix)?;
+    let caches = part.iter().zip(columns).map(|(example, columns)| {
+        let rows = leaves.iter().map(|leaf| leaf.narrow(0, columns.start, columns.len()));
+        cache_of(shape, &rows.collect::<Result<Vec<_>>>()?, &example.prefix)
+    });
+    let caches = caches.collect::<Result<Vec<_>>>()?;
+    let loss = (suffix_losses(model, &caches, part.iter().map(|example| &example.suffix))? / scored as f64)?;
     let gradients = loss.backward()?;
     let missing = || candle_core::Error::Msg("a key or value has no gradient".to_owned());
     let gradients =
@@ -253,20 +252,44 @@ fn cache_of(shape: &FuserShape, rows: &[Tensor], prefix: &Prefix) -> Result<Trac
     Ok(TrackedCache { layers, positions: prefix.positions.clone(), rotated: false })
 }
 
-/// Mean loss over the scored rows: cross-entropy to the next token, or to the teacher's prediction.
-fn suffix_loss(model: &Model, cache: &TrackedCache, suffix: &Suffix) -> std::result::Result<Tensor, ModelError> {
-    let first = cache.positions.last().map_or(0, |last| last + 1);
-    let read = &suffix.tokens[..suffix.scored.end];
-    let positions: Vec<i64> = (first..).take(read.len()).collect();
-    let logits = model.forward_tracked(cache, &Adapters::new(), read, &positions, suffix.scored.clone())?;
-    let logits = logits.to_device(&Device::Cpu)?;
-    match &suffix.teacher {
-        None => next_token_loss(&logits, &suffix.tokens[suffix.scored.start + 1..=suffix.scored.end]),
-        Some(teacher) => {
-            let logs = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
-            Ok(((teacher * logs)?.sum_all()? / -(suffix.scored.len() as f64))?)
-        }
+/// Sum of the losses of all scored rows of sequences that see nothing of each other: cross-entropy to the next token, or to the
+/// teacher's prediction.
+fn suffix_losses<'a>(
+    model: &Model,
+    caches: &[TrackedCache],
+    suffixes: impl Iterator<Item = &'a Suffix>,
+) -> std::result::Result<Tensor, ModelError> {
+    let suffixes: Vec<&Suffix> = suffixes.collect();
+    let positions: Vec<Vec<i64>> = caches
+        .iter()
+        .zip(&suffixes)
+        .map(|(cache, suffix)| (cache.positions.last().map_or(0, |last| last + 1)..).take(suffix.scored.end).collect())
+        .collect();
+    let segments: Vec<TrackedSegment<'_>> = caches
+        .iter()
+        .zip(&suffixes)
+        .zip(&positions)
+        .map(|((prefix, suffix), positions)| {
+            let scored = suffix.scored.clone();
+            TrackedSegment { prefix, tokens: &suffix.tokens[..scored.end], positions, scored }
+        })
+        .collect();
+    let logits = model.forward_tracked_batch(&segments, &Adapters::new())?.to_device(&Device::Cpu)?;
+    let (mut sum, mut first) = (Tensor::zeros((), DType::F32, &Device::Cpu)?, 0);
+    for suffix in suffixes {
+        let rows = suffix.scored.len();
+        let logits = logits.narrow(0, first, rows)?;
+        first += rows;
+        let loss = match &suffix.teacher {
+            None => {
+                let targets = &suffix.tokens[suffix.scored.start + 1..=suffix.scored.end];
+                (next_token_loss(&logits, targets)? * rows as f64)?
+            }
+            Some(teacher) => (teacher * candle_nn::ops::log_softmax(&logits, D::Minus1)?)?.sum_all()?.neg()?,
+        };
+        sum = (sum + loss)?;
     }
+    Ok(sum)
 }
 
 /// Adds what `gradient` of `fused` means for the weights. In half precision the gradient is scaled up so that small numbers

@@ -88,7 +88,11 @@ fn steps_are_those_of_pytorch() {
         .collect();
     let start = flat(&shape, &tensors, "start");
     for (checkpointing, micro_batch) in [(false, 2), (true, 1)] {
-        let matrices = shape.parameters_in_order().into_iter().filter(|part| part.is_matrix()).map(|part| part.range);
+        let matrices = shape
+            .parameters_in_order()
+            .into_iter()
+            .filter(worker::projector::fuser::shape::Parameter::is_matrix)
+            .map(|part| part.range);
         let mut adam = AdamW::new(shape.parameters(), stated.decay, matrices.collect());
         let mut weights = start.clone();
         for step in 0..stated.losses.len() {

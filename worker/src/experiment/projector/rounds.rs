@@ -24,6 +24,7 @@ use crate::projector::corpus::{Corpus, CorpusError, Sample};
 use crate::projector::file::{Manifest, Side};
 use crate::projector::fuser::example::{Continuation, prefix};
 use crate::projector::fuser::optimiser::{clip, temperature};
+use crate::projector::fuser::shape::Parameter;
 use crate::projector::fuser::{
     AdamW, Delta, Example, Fuser, Net, OuterRate, Prefix, Rates, StepOptions, gradient, loss, outer_step,
 };
@@ -352,7 +353,7 @@ impl Replica<'_, '_> {
         let total = self.spec.samples().div_ceil(batch);
         let rates = Rates { peak: recipe.learning_rate, warmup: recipe.warmup, schedule: recipe.schedule, total };
         let shape = fuser.shape();
-        let matrices = shape.parameters_in_order().into_iter().filter(|part| part.is_matrix()).map(|part| part.range);
+        let matrices = shape.parameters_in_order().into_iter().filter(Parameter::is_matrix).map(|part| part.range);
         let mut adam = AdamW::new(shape.parameters(), recipe.weight_decay, matrices.collect());
         let mut weights = fuser.weights().to_vec();
         let (mut rows, mut last) = (Vec::new(), None);

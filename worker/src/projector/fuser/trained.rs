@@ -345,6 +345,7 @@ fn beside(cache: &KvCache, layers: &[usize], columns: &[usize], part: Part) -> R
     Ok(rows)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it is handed to map_err")]
 fn failed(error: candle_core::Error) -> ProjectorError {
     ProjectorError::Fuser { what: error.to_string() }
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 
 SMOLLM2, GEMMA3 = "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf"
 NAMES = {SMOLLM2: "smollm2", GEMMA3: "gemma3"}
-DEMO = ["--samples", "64", "--values", "8", "--names", "48", "--layers", "1"]
+DEMO = ["--samples", "128", "--values", "8", "--names", "96", "--layers", "3", "--lambdas", "0.03,0.1,0.3,1"]
 REVERSE = ["--samples", "256", "--values", "32", "--names", "160", "--layers", "3"]
 FUSE = ["--samples", "512", "--values", "32", "--names", "160", "--layers", "1"]
 BREADTHS = (8, 32, 128, 400)

@@ -68,7 +68,7 @@ bench-train: build
 	python3 tests/bench/train.py $(RELEASE)/bonepile-executor
 	python3 tests/bench/rounds.py $(RELEASE)
 
-# What projectors between the two models carry, both directions, with every control; half an hour on two cores.
+# What projectors between the two models carry, both directions, with every control; more than half an hour on two cores.
 bench-projector:
 	$(CARGO) build --release --locked -p worker --bin bonepile-executor --no-default-features --features executor
 	python3 tests/bench/projector.py $(RELEASE)/bonepile-executor

@@ -65,7 +65,7 @@ class Bench:
     def evaluate(self, name, source, target, paths, facts, tiers=(), more=()):
         tiers = [word for tier in tiers for word in ("--tier", tier)]
         answer, _ = self.run("eval", source, target, "--projector", paths[0], "--shuffled", paths[1], "--facts", facts, *tiers,
-                             *more)
+                             *(more or ("--answer-tokens", "2")))
         return {result["tier"]: summarise(name, result) for result in answer}
 
 

@@ -109,7 +109,8 @@ fn a_broken_sweep_is_refused_before_anyone_is_asked() {
     assert_eq!((refused.code, refused.out.as_str()), (2, ""));
     assert_eq!(
         refused.err,
-        "error: s.toml:3:8: key \"experiment.kind\": unknown kind `inspekt`; expected one of inspect, transfer, command, no-op\n\
+        "error: s.toml:3:8: key \"experiment.kind\": unknown kind `inspekt`; expected one of inspect, transfer, command, no-op, \
+         projector-train, projector-eval\n\
          \u{20} |\n3 | kind = \"inspekt\"\n\u{20} |        ^\n\
          hint: did you mean `inspect`?\n"
     );

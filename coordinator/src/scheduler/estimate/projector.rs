@@ -226,7 +226,9 @@ mod tests {
             statistics(Role::Target, Backend::CARD)
         );
         let solve = |parts: usize| peak(Stage::Solve { parts: vec![part.clone(); parts] }, Role::Main, cpu);
-        assert!((1_800..2_300).contains(&solve(2)) && solve(4) > solve(2) + 1_200, "{} {}", solve(2), solve(4));
+        // A seat that had two parts of these took 2012 MB. More are added one after the other.
+        assert!((1_800..2_300).contains(&solve(2)) && solve(1) < solve(2), "{} {}", solve(1), solve(2));
+        assert_eq!(solve(2), solve(9));
     }
 
     #[test]

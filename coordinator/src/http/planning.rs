@@ -43,16 +43,18 @@ pub(super) async fn release(State(parts): Parts, Path((worker, device)): Path<(S
 
 fn answer(scheduler: &Scheduler, request: PlanRequest) -> Result<PlanAnswer, ApiError> {
     let PlanRequest { file, text, add, remove } = request;
+    let mut named = Vec::new();
     let run = match text.is_empty() {
         true => None,
         false => {
             let sweep = Sweep::parse(&file, &text)?;
+            named.extend(sweep.models().into_iter().map(str::to_owned));
             Some(new_run(sweep, SubmitRequest { file, text }))
         }
     };
     let mut extras = Vec::new();
     for wanted in &add {
-        extras.extend(extra(scheduler, wanted)?);
+        extras.extend(extra(scheduler, wanted, &named)?);
     }
     let remove = remove.iter().map(|worker| worker.parse::<WorkerId>());
     let remove = remove.collect::<Result<Vec<_>, _>>();
@@ -68,8 +70,9 @@ fn answer(scheduler: &Scheduler, request: PlanRequest) -> Result<PlanAnswer, Api
     Ok(worded(other, as_is.makespan_ms))
 }
 
-/// Devices of `MODEL:COUNT[:MEMORY]`, with the models that any worker has.
-fn extra(scheduler: &Scheduler, wanted: &str) -> Result<Vec<Extra>, ApiError> {
+/// Devices of `MODEL:COUNT[:MEMORY]`, with the models that any worker has and those that the sweep names: who adds a card
+/// brings them.
+fn extra(scheduler: &Scheduler, wanted: &str, named: &[String]) -> Result<Vec<Extra>, ApiError> {
     let bad = |message: String| ApiError::new(ErrorCode::BadRequest, message);
     let kinds = formats::devices(wanted, |model| catalogue::card(model).map(catalogue::cards::Card::usable_bytes));
     let mut models: Vec<String> = scheduler
@@ -78,6 +81,7 @@ fn extra(scheduler: &Scheduler, wanted: &str) -> Result<Vec<Extra>, ApiError> {
         .values()
         .filter_map(|worker| worker.report.as_ref())
         .flat_map(|report| report.models.iter().cloned())
+        .chain(named.iter().cloned())
         .collect();
     models.sort();
     models.dedup();

@@ -177,9 +177,12 @@ pub const SHAPES: &[KnownShape] = &[
     ),
 ];
 
-/// The sizes of a model by its name here: one of [`MODELS`] or of [`SHAPES`].
+/// The sizes of a model by its name here, one of [`MODELS`] or of [`SHAPES`], or by its repository on the hub, whatever the
+/// revision.
 pub fn shape(name: &str) -> Option<&'static ModelShape> {
-    let known = || SHAPES.iter().find(|known| known.name == name).map(|known| &known.shape);
+    let repository = name.split('@').next().unwrap_or(name);
+    let is_it = |known: &&KnownShape| known.name == name || known.source == repository;
+    let known = || SHAPES.iter().find(is_it).map(|known| &known.shape);
     model(name).map(|model| &model.shape).or_else(known)
 }
 
@@ -191,6 +194,13 @@ pub fn shape_names() -> impl Iterator<Item = &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_repository_of_the_hub_has_its_models_sizes() {
+        assert_eq!(shape("Qwen/Qwen3-0.6B"), shape("qwen3-0.6b"));
+        assert_eq!(shape("Qwen/Qwen3-0.6B@main"), shape("qwen3-0.6b"));
+        assert_eq!(shape("Qwen/Qwen3-0.6B:q4.gguf"), None, "a file of it may hold anything");
+    }
 
     #[test]
     fn shapes_have_the_published_number_of_parameters() {

@@ -275,7 +275,10 @@ fn to_executor() -> Vec<ToExecutor> {
             path: "/models/gemma.gguf".into(),
             fingerprint: Some("sha256:00".into()),
         }],
-        inputs: vec![("projector.safetensors".into(), "/work/r12.3-f40-main.inputs/projector.safetensors".into())],
+        inputs: vec![(
+            "projector.safetensors".into(),
+            "/var/lib/bonepile/work/r12.3-f40-main.inputs/projector.safetensors".into(),
+        )],
     };
     let packet = PacketFile { attempt: attempt(), key: "fact-3".into(), path: "/packets/fact-3.safetensors".into() };
     let sent = PacketKey { attempt: attempt(), key: "fact-3".into() };

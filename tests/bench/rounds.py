@@ -145,6 +145,7 @@ def replicas(programs):
 
 
 def main():
+    sys.stdout.reconfigure(line_buffering=True)
     programs, parts = Path(sys.argv[1]), sys.argv[2:] or ["split", "replicas"]
     lacking = labs.missing()
     if lacking:

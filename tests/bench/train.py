@@ -144,6 +144,7 @@ def step(executor, models, python):
 
 
 def main():
+    sys.stdout.reconfigure(line_buffering=True)
     executor = sys.argv[1]
     models = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(os.environ.get("BONEPILE_MODELS") or check.CACHE / "models")
     try:

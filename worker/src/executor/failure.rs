@@ -63,6 +63,7 @@ fn kind(error: &ExperimentError) -> FailureKind {
                 FailureKind::BadSpec
             }
             ProjectorError::Io { .. } => FailureKind::LocalDisk,
+            ProjectorError::Model(error) => model_kind(error),
             _ => FailureKind::Internal,
         },
         ExperimentError::Stopped => FailureKind::Cancelled,

@@ -7,6 +7,9 @@ use crate::cache::CacheError;
 /// A projector could not be trained, read or used.
 #[derive(Debug, thiserror::Error)]
 pub enum ProjectorError {
+    /// A model failed.
+    #[error("run the model")]
+    Model(#[source] Box<crate::model::ModelError>),
     /// Tokens of two models cannot be matched.
     #[error("alignment: {what}")]
     Alignment {

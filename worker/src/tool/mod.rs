@@ -25,7 +25,6 @@ use crate::executor::failure::chain;
 
 impl ModelCommand {
     /// Does it; says on stderr what went wrong, with a hint where there is one. A reader that goes away is no failure.
-    #[expect(clippy::print_stderr, reason = "the error of a command line")]
     pub fn run_to_exit(&self) -> ExitCode {
         let done = match self {
             Self::Show(args) => show::show(args),
@@ -33,16 +32,22 @@ impl ModelCommand {
             Self::Run(args) => run::run(args),
             Self::Bench(args) => bench::bench(args),
         };
-        match done {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(ToolError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("error: {}", chain(&error));
-                if let Some(hint) = error.hint() {
-                    eprintln!("hint: {hint}");
-                }
-                ExitCode::FAILURE
+        exit_code(done)
+    }
+}
+
+/// Says what went wrong, if anything did. A reader that went away is no failure of ours.
+#[expect(clippy::print_stderr, reason = "the error of a command line")]
+fn exit_code(done: Result<(), ToolError>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(ToolError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", chain(&error));
+            if let Some(hint) = error.hint() {
+                eprintln!("hint: {hint}");
             }
+            ExitCode::FAILURE
         }
     }
 }

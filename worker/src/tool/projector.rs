@@ -16,7 +16,6 @@ use serde_json::json;
 
 use super::args::{KvArg, ModelArgs, PrecisionArg, ToolError, print_json};
 use crate::cache::KvCache;
-use crate::executor::failure::chain;
 use crate::experiment::ExperimentError;
 use crate::experiment::projector::eval::{score, send_facts};
 use crate::experiment::projector::train::{make_caches, solve, statistics};
@@ -135,24 +134,13 @@ pub struct EvalArgs {
 
 impl ProjectorCommand {
     /// Does it; says on stderr what went wrong.
-    #[expect(clippy::print_stderr, reason = "the error of a command line")]
     pub fn run_to_exit(&self) -> ExitCode {
         let done = match self {
             Self::Train(args) => train(args),
             Self::Fuse(args) => super::fuser::fuse(args),
             Self::Eval(args) => eval(args),
         };
-        match done {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(ToolError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("error: {}", chain(&error));
-                if let Some(hint) = error.hint() {
-                    eprintln!("hint: {hint}");
-                }
-                ExitCode::FAILURE
-            }
-        }
+        super::exit_code(done)
     }
 }
 

@@ -91,7 +91,6 @@ pub fn prefix(
     fuser.prefix(manifest, &source.unrotated(), &alignment, &own.unrotated())
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "it is handed to map_err")]
 fn failed(error: ModelError) -> ProjectorError {
-    ProjectorError::Fuser { what: crate::executor::failure::chain(&error) }
+    ProjectorError::Model(Box::new(error))
 }

@@ -5,7 +5,8 @@ use candle_core::{Device, Tensor, Var};
 use candle_nn::loss::cross_entropy;
 use worker::cache::KvCache;
 use worker::model::{
-    Adapter, Adapters, Logits, Model, ModelError, Precision, Projection, TrackedCache, TrackedSegment, next_token_loss,
+    Adapter, Adapters, Keep, Logits, Model, ModelError, Precision, Projection, TrackedCache, TrackedSegment,
+    next_token_loss,
 };
 use worker::random::Random;
 
@@ -131,7 +132,8 @@ fn both_precisions(family: &str) -> [Model; 2] {
 fn several_sequences_at_once_are_each_what_they_are_alone() {
     // Tokens of the prefix and behind it, and which of these are scored: all, some, none.
     let lengths = [(5, 7, 0..7), (0, 4, 1..3), (9, 19, 12..19), (3, 2, 0..0)];
-    for (family, model) in FAMILIES.iter().flat_map(|family| both_precisions(family).map(|model| (family, model))) {
+    let models = FAMILIES.iter().flat_map(|family| both_precisions(family).map(|model| (family, model)));
+    for ((family, model), keep) in models.zip([Keep::Activations, Keep::Inputs].into_iter().cycle()) {
         let ids = |sequence: u32, count: usize| -> Vec<u32> {
             (0..count as u32).map(|index| (index * 37 + 11 + 90 * sequence) % 256).collect()
         };
@@ -157,7 +159,7 @@ fn several_sequences_at_once_are_each_what_they_are_alone() {
                 scored: scored.clone(),
             })
             .collect();
-        let logits = model.forward_tracked_batch(&segments, &Adapters::new()).unwrap();
+        let logits = model.forward_tracked_batch(&segments, &Adapters::new(), keep).unwrap();
         let targets: Vec<u32> = sequences.iter().flat_map(|(.., targets)| targets).copied().collect();
         let gradients = next_token_loss(&logits, &targets).unwrap().backward().unwrap();
         let mut row = 0;
@@ -179,7 +181,7 @@ fn several_sequences_at_once_are_each_what_they_are_alone() {
         assert_eq!(row, targets.len());
     }
     let model = Tiny::new("llama").load().unwrap();
-    assert!(matches!(model.forward_tracked_batch(&[], &Adapters::new()), Err(ModelError::Input { .. })));
+    assert!(matches!(model.forward_tracked_batch(&[], &Adapters::new(), Keep::Inputs), Err(ModelError::Input { .. })));
 }
 
 /// Without adapters a layer is one operation, with them a chain of many: an adapter that adds nothing sets them side by side.

@@ -15,7 +15,7 @@ mod stored;
 mod tracked;
 
 pub(crate) use tracked::check_adapters;
-pub use tracked::{Adapter, Adapters, Projection, TrackedCache, TrackedSegment};
+pub use tracked::{Adapter, Adapters, Keep, Projection, TrackedCache, TrackedSegment};
 
 use std::sync::Arc;
 

@@ -46,7 +46,7 @@ mod weights;
 pub use chat::Message;
 pub use config::ModelConfig;
 pub use context::{CachePrecision, Context};
-pub use decoder::{Adapter, Adapters, Logits, Observer, Projection, Tap, TrackedCache, TrackedSegment};
+pub use decoder::{Adapter, Adapters, Keep, Logits, Observer, Projection, Tap, TrackedCache, TrackedSegment};
 pub use error::ModelError;
 pub use generate::{End, Generated, Sequence};
 pub use grad::next_token_loss;

@@ -155,6 +155,9 @@ pub struct BenchArgs {
     /// Each is PREFIX+TOKENS, tokens of the cache and behind it.
     #[arg(long, value_delimiter = ',', value_name = "PREFIX+TOKENS,...")]
     pub step: Vec<Sample>,
+    /// The step computes the activations of layers again on the way back instead of holding them.
+    #[arg(long, requires = "step")]
+    pub checkpointing: bool,
     /// Repetitions; the median is reported.
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub runs: usize,

@@ -9,7 +9,7 @@ use candle_core::Var;
 use serde_json::json;
 
 use super::args::{BenchArgs, Sample, ToolError, print_json};
-use crate::model::{Adapters, Model, ModelError, TrackedCache, TrackedSegment, argmax, next_token_loss, tensors};
+use crate::model::{Adapters, Keep, Model, ModelError, TrackedCache, TrackedSegment, argmax, next_token_loss, tensors};
 
 /// Tokens from the start of one sample's text to the next one's.
 const SAMPLE_STRIDE: usize = 1000;
@@ -36,8 +36,9 @@ pub fn bench(args: &BenchArgs) -> Result<(), ToolError> {
         decode.push(args.decode as f64 / started.elapsed().as_secs_f64());
     }
     let (mut steps, mut loss) = (Vec::new(), 0.0);
+    let keep = if args.checkpointing { Keep::Inputs } else { Keep::Activations };
     for _ in 0..if args.step.is_empty() { 0 } else { args.runs.max(1) } {
-        let (seconds, value) = step(&model, &args.step)?;
+        let (seconds, value) = step(&model, &args.step, keep)?;
         steps.push(seconds);
         loss = value;
     }
@@ -63,7 +64,7 @@ fn ids(model: &Model, start: usize, count: usize) -> Vec<u32> {
 }
 
 /// Seconds and loss of one training step over all samples at once: the prefixes' keys and values are what is trained.
-fn step(model: &Model, samples: &[Sample]) -> Result<(f64, f32), ToolError> {
+fn step(model: &Model, samples: &[Sample], keep: Keep) -> Result<(f64, f32), ToolError> {
     let (mut caches, mut variables, mut texts) = (Vec::new(), Vec::new(), Vec::new());
     for (index, sample) in samples.iter().enumerate() {
         let text = ids(model, index * SAMPLE_STRIDE, sample.prefix + sample.tokens + 1);
@@ -89,7 +90,7 @@ fn step(model: &Model, samples: &[Sample]) -> Result<(f64, f32), ToolError> {
         .collect();
     let targets: Vec<u32> = texts.iter().flat_map(|text| &text[1..]).copied().collect();
     let started = Instant::now();
-    let logits = model.forward_tracked_batch(&segments, &Adapters::new())?;
+    let logits = model.forward_tracked_batch(&segments, &Adapters::new(), keep)?;
     let loss = next_token_loss(&logits, &targets)?;
     let gradients = loss.backward().map_err(ModelError::from)?;
     let seconds = started.elapsed().as_secs_f64();

@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::{Block, Norm, Pass};
+use super::{Block, Keep, Norm, Pass};
 use crate::model::family::Activation;
 use crate::model::grad::{slice, with_numbers};
 use crate::model::linear::Linear;
@@ -52,6 +52,7 @@ pub(super) struct Layer {
     block: Arc<Block>,
     shared: Arc<Shared>,
     index: usize,
+    keep: Keep,
     kept: OnceLock<Kept>,
 }
 
@@ -107,8 +108,8 @@ impl Turns {
 }
 
 impl Layer {
-    pub(super) fn new(block: &Arc<Block>, shared: &Arc<Shared>, index: usize) -> Self {
-        Self { block: Arc::clone(block), shared: Arc::clone(shared), index, kept: OnceLock::new() }
+    pub(super) fn new(block: &Arc<Block>, shared: &Arc<Shared>, index: usize, keep: Keep) -> Self {
+        Self { block: Arc::clone(block), shared: Arc::clone(shared), index, keep, kept: OnceLock::new() }
     }
 
     fn turns(&self) -> &Turns {
@@ -143,7 +144,15 @@ impl Layer {
 
     /// The gradients of what came in: of the residual stream, unless these are embeddings, and of the prefix's K and V.
     fn backward(&self, x: &[f32], prefix: [&[f32]; 2], dy: &[f32]) -> Result<Gradients> {
-        let Some(kept) = self.kept.get() else { candle_core::bail!("a layer goes back before it went forward") };
+        let again;
+        let kept = match (self.keep, self.kept.get()) {
+            (Keep::Inputs, _) => {
+                again = self.forward(x, prefix)?.1;
+                &again
+            }
+            (Keep::Activations, Some(kept)) => kept,
+            (Keep::Activations, None) => candle_core::bail!("a layer goes back before it went forward"),
+        };
         let block = &*self.block;
         let a = &block.attention;
         let branch = Norm::optional_back(block.post_mlp_norm.as_ref(), &kept.branches[1], dy);
@@ -190,7 +199,7 @@ impl CustomOp3 for Layer {
         of_v: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (y, kept) = self.forward(slice(x, of_x)?, [slice(k, of_k)?, slice(v, of_v)?])?;
-        if self.kept.set(kept).is_err() {
+        if self.keep == Keep::Activations && self.kept.set(kept).is_err() {
             candle_core::bail!("a layer of a pass runs once");
         }
         Ok((CpuStorage::F32(y), of_x.shape().clone()))

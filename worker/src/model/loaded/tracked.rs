@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use super::Model;
-use crate::model::decoder::{Adapters, TrackedCache, TrackedSegment, check_adapters};
+use crate::model::decoder::{Adapters, Keep, TrackedCache, TrackedSegment, check_adapters};
 use crate::model::error::ModelError;
 
 impl Model {
@@ -23,12 +23,12 @@ impl Model {
         positions: &[i64],
         scored: Range<usize>,
     ) -> Result<Tensor, ModelError> {
-        self.forward_tracked_batch(&[TrackedSegment { prefix, tokens, positions, scored }], adapters)
+        self.forward_tracked_batch(&[TrackedSegment { prefix, tokens, positions, scored }], adapters, Keep::Activations)
     }
 
     /// The same for several sequences at once, which see nothing of each other: logits `[Σ scored, vocabulary]`, those of the
     /// first sequence first. Lengths may differ, and no padding is computed. Weights are read once for all, so a step over 8
-    /// short sequences takes a fraction of 8 steps.
+    /// short sequences takes a fraction of 8 steps. `keep` is what the graph holds of each layer.
     ///
     /// # Errors
     /// As [`Model::forward_tracked`]; [`ModelError::Input`] if there is no sequence, or nothing is scored.
@@ -36,6 +36,7 @@ impl Model {
         &self,
         segments: &[TrackedSegment<'_>],
         adapters: &Adapters,
+        keep: Keep,
     ) -> Result<Tensor, ModelError> {
         for TrackedSegment { prefix, tokens, positions, scored } in segments {
             self.check_input(tokens, positions)?;
@@ -50,6 +51,6 @@ impl Model {
             return Err(ModelError::Input { tokens: 0, positions });
         }
         check_adapters(adapters, &self.config)?;
-        Ok(self.decoder.forward_tracked(&self.config, segments, adapters)?)
+        Ok(self.decoder.forward_tracked(&self.config, segments, adapters, keep)?)
     }
 }

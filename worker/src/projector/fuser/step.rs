@@ -2,8 +2,9 @@
 //!
 //! The way back is cut in two at the fused cache. For each micro-batch the decoder gives the loss's gradient with respect to its
 //! samples' keys and values, in one pass that reads weights once, and its activations are dropped; then the fuser gives the
-//! gradient with respect to its weights. With checkpointing the fuser's activations are not held while the decoder works: they
-//! are computed again. Batches of any size take the memory of one micro-batch. Does not know optimisers, rounds or where caches come from.
+//! gradient with respect to its weights. With checkpointing the fuser's activations are not held while the decoder works, nor
+//! the decoder's of a layer while another works: they are computed again. Batches of any size take the memory of one micro-batch.
+//! Does not know optimisers, rounds or where caches come from.
 
 use std::ops::Range;
 
@@ -13,7 +14,7 @@ use protocol::experiment::projector::Precision;
 use super::net::{Mode, Net};
 use super::noise::Noise;
 use super::shape::FuserShape;
-use crate::model::{Adapters, Model, ModelError, TrackedCache, TrackedSegment, next_token_loss};
+use crate::model::{Adapters, Keep, Model, ModelError, TrackedCache, TrackedSegment, next_token_loss};
 
 /// Halvings of the loss's scale before a gradient counts as infinite.
 const HALVINGS_MAX: u32 = 40;
@@ -60,7 +61,7 @@ pub struct Example {
 pub struct StepOptions {
     /// Format of the fuser's products.
     pub precision: Precision,
-    /// The fuser's activations are computed again on the way back.
+    /// Activations of the fuser, and of the decoder on processors, are computed again on the way back.
     pub checkpointing: bool,
     /// Samples of a pass, whose activations are held together, 1 or more.
     pub micro_batch: usize,
@@ -124,7 +125,7 @@ pub fn gradient_under(
             // Weights without variables leave no trace to go back by.
             None => inputs.fuse(&net.detached(), options)?,
         };
-        let (loss, gradient) = decoder_gradient(model, shape, part, &inputs.columns, &values, scored)?;
+        let (loss, gradient) = decoder_gradient(model, shape, part, &inputs.columns, &values, scored, options)?;
         total.loss += loss;
         drop(values);
         let fused = match kept {
@@ -154,7 +155,7 @@ pub fn loss(
         let rows: Vec<Tensor> = (0..shape.maps()).map(|map| fused.get(map)).collect::<Result<_>>()?;
         let cache = cache_of(shape, &rows, &example.prefix)?;
         let suffix = Suffix { teacher: None, ..example.suffix.clone() };
-        sum += f64::from(suffix_losses(model, &[cache], std::iter::once(&suffix))?.to_scalar::<f32>()?);
+        sum += f64::from(suffix_losses(model, &[cache], std::iter::once(&suffix), Keep::Inputs)?.to_scalar::<f32>()?);
         count += example.suffix.scored.len();
     }
     Ok(sum / f64::from(u32::try_from(count.max(1)).expect("scored tokens fit 32 bits")))
@@ -225,6 +226,7 @@ fn decoder_gradient(
     columns: &[Range<usize>],
     fused: &Tensor,
     scored: usize,
+    options: &StepOptions,
 ) -> std::result::Result<(f64, Tensor), ModelError> {
     let fused = fused.to_device(&Device::Cpu)?;
     let leaves = (0..shape.maps()).map(|map| Var::from_tensor(&fused.get(map)?)).collect::<Result<Vec<_>>>()?;
@@ -233,7 +235,9 @@ fn decoder_gradient(
         cache_of(shape, &rows.collect::<Result<Vec<_>>>()?, &example.prefix)
     });
     let caches = caches.collect::<Result<Vec<_>>>()?;
-    let loss = (suffix_losses(model, &caches, part.iter().map(|example| &example.suffix))? / scored as f64)?;
+    let keep = if options.checkpointing { Keep::Inputs } else { Keep::Activations };
+    let suffixes = part.iter().map(|example| &example.suffix);
+    let loss = (suffix_losses(model, &caches, suffixes, keep)? / scored as f64)?;
     let gradients = loss.backward()?;
     let missing = || candle_core::Error::Msg("a key or value has no gradient".to_owned());
     let gradients =
@@ -258,6 +262,7 @@ fn suffix_losses<'a>(
     model: &Model,
     caches: &[TrackedCache],
     suffixes: impl Iterator<Item = &'a Suffix>,
+    keep: Keep,
 ) -> std::result::Result<Tensor, ModelError> {
     let suffixes: Vec<&Suffix> = suffixes.collect();
     let positions: Vec<Vec<i64>> = caches
@@ -274,7 +279,7 @@ fn suffix_losses<'a>(
             TrackedSegment { prefix, tokens: &suffix.tokens[..scored.end], positions, scored }
         })
         .collect();
-    let logits = model.forward_tracked_batch(&segments, &Adapters::new())?.to_device(&Device::Cpu)?;
+    let logits = model.forward_tracked_batch(&segments, &Adapters::new(), keep)?.to_device(&Device::Cpu)?;
     let (mut sum, mut first) = (Tensor::zeros((), DType::F32, &Device::Cpu)?, 0);
     for suffix in suffixes {
         let rows = suffix.scored.len();

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
 use protocol::catalogue::shape;
-use protocol::exec::{Finished, FromExecutor, ModelFile, PacketFile, RunSeat, ToExecutor};
+use protocol::exec::{Finished, FromExecutor, ModelFile, PacketFile, PacketKey, RunSeat, ToExecutor};
 use protocol::experiment::{Condition, InspectSpec, LayerSelection, ShardSpec, Spread, TransferSpec};
 use protocol::frame::Messages;
 use protocol::ids::{AttemptId, Fence, Role, RunId, ShardId};
@@ -94,9 +94,9 @@ fn prefills(model: &'static str, rows: &mut Vec<Row>) {
 /// Steps of training keys and values that are injected: what a projector's receiver does.
 fn steps(model: &'static str, rows: &mut Vec<Row>) {
     let shape = shape(model).unwrap();
-    for &tokens in lengths(&[32], &[32, 128, 256]) {
-        let measured = bench(model, "f32", &["--prompt", "16", "--step", &tokens.to_string(), "--prefix", "32"]);
-        let training = Training { batch: 1, tokens, checkpointing: false, optimiser: Optimiser::Sgd };
+    for tokens in [32, 128, 256] {
+        let measured = bench(model, "f32", &["--prompt", "16", "--step", &format!("32+{tokens}")]);
+        let training = Training { batch: 1, prefix: 32, tokens, checkpointing: false, optimiser: Optimiser::Sgd };
         let projector = ProjectorKind::LowRank { rank: 0 };
         let phase = ProjectorTraining { source: shape, source_held: None, projector, training };
         let computed = without_tokenizer(shape, Quantisation::F32, Phase::Projector(phase));
@@ -133,6 +133,8 @@ impl Seat {
                 FromExecutor::Finished(finished) => return finished,
                 FromExecutor::Failed(failed) => panic!("{failed:?}"),
                 FromExecutor::PacketReady(packet) => {
+                    // A source waits while too many of its packets are on their way.
+                    self.tell(ToExecutor::PacketSent(PacketKey { attempt: attempt(), key: packet.key.clone() }));
                     let packet = PacketFile { attempt: attempt(), key: packet.key, path: packet.path };
                     target.as_mut().unwrap().tell(packet);
                 }

@@ -26,19 +26,19 @@ pub(crate) fn inference(model: &str, held: Quantisation, tokens: u32) -> u64 {
 
 /// Adapters of this rank, with the layers' inputs kept and the rest computed again.
 pub(crate) fn lora(model: &str, held: Quantisation, rank: u32, [batch, tokens]: [u32; 2]) -> u64 {
-    let training = Training { batch, tokens, checkpointing: true, optimiser: Optimiser::AdamW };
+    let training = Training { batch, prefix: 0, tokens, checkpointing: true, optimiser: Optimiser::AdamW };
     let phase = Phase::Adapter(AdapterTraining { rank, training });
     estimate(shape(model).unwrap(), held, phase, Backend::CARD).peak()
 }
 
 pub(crate) fn full(model: &ModelShape, optimiser: Optimiser, [batch, tokens]: [u32; 2], checkpointing: bool) -> u64 {
-    let phase = Phase::Full(Training { batch, tokens, checkpointing, optimiser });
+    let phase = Phase::Full(Training { batch, prefix: 0, tokens, checkpointing, optimiser });
     estimate(model, Quantisation::Bf16, phase, Backend::CARD).peak()
 }
 
 /// C2C's fuser from one model's cache into another's, on one text of 256 tokens.
 pub(crate) fn fuser(source: (&str, Quantisation), target: &str, optimiser: Optimiser) -> u64 {
-    let training = Training { batch: 1, tokens: 256, checkpointing: false, optimiser };
+    let training = Training { batch: 1, prefix: 0, tokens: 256, checkpointing: false, optimiser };
     let projector = ProjectorTraining {
         source: shape(source.0).unwrap(),
         source_held: Some(source.1),

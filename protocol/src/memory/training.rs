@@ -16,6 +16,8 @@ use super::{product, sum};
 pub struct Training {
     /// B: sequences of a step.
     pub batch: u32,
+    /// P: columns of a cache that each stands behind.
+    pub prefix: u32,
     /// T: tokens of each.
     pub tokens: u32,
     /// Only each layer's input is kept; the rest is computed again on the way back.
@@ -178,10 +180,11 @@ pub(super) fn step(shape: &ModelShape, training: &Training, backend: Backend) ->
     let (q, kv) = (shape.q_width(), shape.kv_width());
     let (layer, element, logit_bytes) = match backend {
         Backend::Cpu { .. } => {
-            // Two norms and two sums, and the norms behind the branches where there are some; queries, keys and values as
-            // projected, by head, rotated and joined; scores and probabilities; gate, up and their product.
-            let scores = product(&[2, shape.heads.into(), training.tokens.into()]);
-            (sum(&[7 * hidden, 5 * q, 8 * kv, 3 * ffn, scores]), Element::F32, 12)
+            // The residual stream before and between, and branches before norms of theirs; queries and keys before and after
+            // their norms, and values; probabilities; gate and up. Logits, their softmax, their gradient.
+            let columns = u64::from(training.prefix) + u64::from(training.tokens);
+            let probabilities = product(&[shape.heads.into(), columns]);
+            (sum(&[4 * hidden, 2 * q, 3 * kv, 2 * ffn, probabilities]), Element::F32, 12)
         }
         // Norms and sums; queries and what attention gives; keys and values; gate, up, the gate's activation, the product.
         // Logits of 16 bits, the same in f32, and their gradient.
@@ -200,7 +203,12 @@ pub(super) fn step(shape: &ModelShape, training: &Training, backend: Backend) ->
 impl ProjectorTraining<'_> {
     /// Bytes of keys and values of both models, and of the projector's own activations.
     pub(super) fn caches(&self, target: &ModelShape, backend: Backend) -> (u64, u64) {
-        let tokens = u64::from(self.training.batch) * u64::from(self.training.tokens);
+        let columns = match self.training.prefix {
+            // A text that is its own prefix.
+            0 => self.training.tokens,
+            prefix => prefix,
+        };
+        let columns = u64::from(self.training.batch) * u64::from(columns);
         let element = match backend {
             Backend::Cpu { .. } => Element::F32,
             Backend::Cuda { .. } => Element::Half,
@@ -208,7 +216,7 @@ impl ProjectorTraining<'_> {
         // The receiver's own cache, the one that comes in, and what the projector makes of them.
         let numbers = self.source.kv_numbers_per_token().saturating_add(2 * target.kv_numbers_per_token());
         let activations = self.projector.activations(self.source, target);
-        (product(&[tokens, numbers, element.bytes()]), product(&[tokens, activations, element.bytes()]))
+        (product(&[columns, numbers, element.bytes()]), product(&[columns, activations, element.bytes()]))
     }
 }
 

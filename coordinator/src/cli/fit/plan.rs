@@ -186,7 +186,7 @@ impl<'a> Plan<'a> {
     }
 
     fn step(&self, optimiser: Optimiser) -> Training {
-        Training { batch: 1, tokens: self.tokens, checkpointing: true, optimiser }
+        Training { batch: 1, prefix: 0, tokens: self.tokens, checkpointing: true, optimiser }
     }
 }
 

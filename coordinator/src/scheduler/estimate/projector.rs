@@ -16,10 +16,10 @@ use protocol::memory::{
 
 use super::{FACT_TOKENS, NAIVE_TOKENS, QUESTION_TOKENS};
 
-/// Tokens of a made-up sample at most: two persons, a question, an answer.
-const COURIER_TOKENS: u32 = 2 * FACT_TOKENS + QUESTION_TOKENS;
-/// Tokens of a sample of a file at most.
-const FILE_TOKENS: u32 = 512;
+/// Tokens of a made-up sample at most, text and continuation: two persons; a question with its answer.
+const COURIER_TOKENS: [u32; 2] = [2 * FACT_TOKENS, QUESTION_TOKENS];
+/// The same of a file's: two thirds and one.
+const FILE_TOKENS: [u32; 2] = [340, 172];
 /// Source layers of a target layer where a projector's own are not known.
 const LAYERS_USUAL: u64 = 3;
 /// Caches that wait between source and target.
@@ -35,14 +35,15 @@ pub(super) fn training<'a>(
     shape: impl Fn(&str) -> Option<&'a ModelShape>,
 ) -> Option<Footprint> {
     let (source, target) = (shape(&spec.source)?, shape(&spec.target)?);
-    let tokens = match spec.corpus.text {
+    let stepped = match spec.corpus.text {
         CorpusText::Couriers(_) => COURIER_TOKENS,
         CorpusText::Files(_) => FILE_TOKENS,
     };
+    let tokens = stepped.iter().sum();
     let pair = Pair { source, target, features: features(&spec.layers, source, target) };
     Some(match (&spec.stage, &spec.method, role) {
         (Stage::Statistics(_) | Stage::Steps { .. }, _, Role::Source) => captured(source, tokens, backend),
-        (Stage::Steps { .. }, Method::Fuser(recipe), _) => pair.stepping(recipe, tokens, backend),
+        (Stage::Steps { .. }, Method::Fuser(recipe), _) => pair.stepping(recipe, stepped, backend),
         (Stage::Solve { parts }, ..) => {
             // The sum and a part, a file beside them, what is solved for twice, and what each thread makes of a layer.
             let parts = parts.len().min(2) as u64;
@@ -173,10 +174,11 @@ impl Pair<'_> {
     }
 
     /// The target, the fuser with gradients and moments, and the weights that the round began with.
-    fn stepping(&self, recipe: &FuserRecipe, tokens: u32, backend: Backend) -> Footprint {
+    fn stepping(&self, recipe: &FuserRecipe, [prefix, tokens]: [u32; 2], backend: Backend) -> Footprint {
         let projector = fuser(recipe);
         let training = Training {
             batch: recipe.micro_batch,
+            prefix,
             tokens,
             checkpointing: recipe.checkpointing,
             optimiser: Optimiser::AdamW,

@@ -208,6 +208,16 @@ pub struct Usage {
     /// Fastest packet sent to another worker, bytes a second; 0 if none was long enough to tell.
     #[serde(default)]
     pub link_bytes_per_second: u64,
+    /// Of the wall time, what the seat waited for the other one or for its packets' way, milliseconds.
+    #[serde(default)]
+    pub waited_ms: u64,
+}
+
+impl Usage {
+    /// Time in which the seat worked, milliseconds.
+    pub const fn busy_ms(&self) -> u64 {
+        self.wall_ms.saturating_sub(self.waited_ms)
+    }
 }
 
 /// A seat's part failed.

@@ -129,6 +129,8 @@ pub struct Finished {
     pub memory_peak_bytes: u64,
     /// `sha256:…` of each model used, by its name in the spec.
     pub models: Vec<(String, String)>,
+    /// Time spent in waiting for packets, or for room for them on their way, milliseconds.
+    pub waited_ms: u64,
 }
 
 /// The seat's part failed.

@@ -255,6 +255,7 @@ impl TestBox {
             outputs: vec![("result.json".into(), result.to_string_lossy().into_owned())],
             memory_peak_bytes: 7,
             models: vec![(MODEL.into(), "sha256:00".into())],
+            waited_ms: 0,
         };
         self.frame("finished", &finished.into());
         let result = result.display();

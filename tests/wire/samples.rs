@@ -165,6 +165,7 @@ fn to_coordinator() -> Vec<ToCoordinator> {
             memory_peak_bytes: 2 << 30,
             packet_bytes: 300_000,
             link_bytes_per_second: 110_000_000,
+            waited_ms: 345,
         },
         models: vec![("gemma-3-270m".into(), "sha256:00".into())],
         build: "0.1.0".into(),
@@ -294,6 +295,7 @@ fn from_executor() -> Vec<FromExecutor> {
         outputs: vec![("result.json".into(), "/var/tmp/seat/result.json".into())],
         memory_peak_bytes: 2 << 30,
         models: vec![("gemma-3-270m".into(), "sha256:00".into())],
+        waited_ms: 345,
     };
     vec![
         Ready { build: "0.1.0".into(), backend: "cuda 6.1".into(), threads: 2 }.into(),

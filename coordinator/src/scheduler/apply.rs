@@ -239,6 +239,7 @@ impl State {
                 reserved_bytes: seat.reserved_bytes,
                 lane: seat.lane,
                 expected_ms: seat.expected_ms,
+                load: seat.load,
                 freed: false,
                 outcome: None,
             })
@@ -293,11 +294,13 @@ impl State {
             build: completed.build.clone(),
             at: record.at,
         });
+        // Seats of a training that wait for each other say how fast each is by its own work.
+        let ms = if is_shared_out { completed.usage.busy_ms() } else { completed.usage.wall_ms };
         // A clock in milliseconds says 0 for what took less than one.
-        let wall_us = (completed.usage.wall_ms * 1000).max(500);
-        self.table.learn(&class, &model, units, wall_us);
+        let us = (ms * 1000).max(500);
+        self.table.learn(&class, &model, units, us);
         if is_shared_out {
-            self.paces.learn(&class, &device.to_string(), units, wall_us);
+            self.paces.learn(&class, &device.to_string(), units, us);
         }
         if completed.usage.memory_peak_bytes > 0 {
             self.peaks.entry(class).or_default().saw(completed.usage.memory_peak_bytes);

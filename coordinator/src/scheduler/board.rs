@@ -9,6 +9,7 @@ use protocol::hardware::{Device, DeviceKind};
 use protocol::ids::{AttemptId, DeviceRef, Role, WorkerId};
 use protocol::time::UnixMillis;
 
+use super::event::WHOLE;
 use super::state::State;
 
 /// Lanes of a GPU at a time, if their memory fits: beyond this they only take turns.
@@ -67,6 +68,8 @@ pub struct Occupant {
     pub bytes: u64,
     /// Threads of a processor; `None`: all.
     pub threads: Option<u32>,
+    /// Share of the device's time, or of those threads', thousandths.
+    pub load: u16,
     /// How long it is expected to take, milliseconds.
     pub expected_ms: u64,
     /// When it was placed.
@@ -99,6 +102,7 @@ impl Board {
                     role: seat.role,
                     bytes: seat.reserved_bytes,
                     threads: shard.spec.threads(),
+                    load: seat.load,
                     expected_ms: seat.expected_ms.saturating_sub(now.since_ms(body.placed_at)),
                     since: body.placed_at,
                 };
@@ -241,14 +245,14 @@ impl Row {
     }
 
     /// Whether another lane may be opened beside those in use, memory aside. Seats of `attempt` itself share a processor.
-    pub fn has_slot(&self, threads: Option<u32>, attempt: Option<AttemptId>) -> bool {
+    pub fn has_slot(&self, threads: Option<u32>, load: u16, attempt: Option<AttemptId>) -> bool {
         match self.body.kind {
             DeviceKind::Cuda => self.lanes.len() < LANES_PER_GPU_MAX,
             DeviceKind::Cpu => {
                 let all = self.body.threads.max(1);
                 let of_others = self.lanes.values().filter(|lane| !lane.is_only(attempt));
-                let taken = of_others.map(|lane| lane.threads(all)).fold(0, u32::saturating_add);
-                taken.saturating_add(threads.unwrap_or(all).min(all)) <= all
+                let taken = of_others.map(|lane| part(lane.threads(all), lane.load())).fold(0, u64::saturating_add);
+                taken.saturating_add(part(threads.unwrap_or(all).min(all), load)) <= part(all, WHOLE)
             }
         }
     }
@@ -264,6 +268,11 @@ impl Row {
         }
     }
 
+    /// Share of its time that is taken, thousandths; more where lanes take turns.
+    pub fn load(&self) -> u16 {
+        self.lanes.values().map(Lane::load).fold(0, u16::saturating_add)
+    }
+
     /// The lowest number that no lane has.
     pub fn new_lane(&self) -> u32 {
         (0..).find(|number| !self.lanes.contains_key(number)).unwrap_or(0)
@@ -276,7 +285,7 @@ impl Row {
 
     /// When a lane is expected to be free; `now` if one can be opened at once.
     pub fn ready(&self, threads: Option<u32>, now: UnixMillis) -> UnixMillis {
-        if self.has_slot(threads, None) {
+        if self.has_slot(threads, WHOLE, None) {
             return now;
         }
         now.plus_ms(self.lanes.values().map(|lane| lane.remaining_ms(now)).min().unwrap_or(0))
@@ -299,6 +308,11 @@ impl Lane {
         self.seats.iter().map(|seat| seat.bytes).max().unwrap_or(0)
     }
 
+    /// Share of the device's time that its largest seat takes, thousandths.
+    fn load(&self) -> u16 {
+        self.seats.iter().map(|seat| seat.load).max().unwrap_or(0)
+    }
+
     /// Puts a seat in its place.
     pub fn push(&mut self, seat: Occupant) {
         self.threads = if self.seats.is_empty() { seat.threads } else { most(self.threads, seat.threads) };
@@ -313,6 +327,11 @@ impl Lane {
     fn is_only(&self, attempt: Option<AttemptId>) -> bool {
         attempt.is_some() && self.seats.iter().all(|seat| Some(seat.attempt) == attempt)
     }
+}
+
+/// Thousandths of a thread.
+fn part(threads: u32, load: u16) -> u64 {
+    u64::from(threads) * u64::from(load)
 }
 
 /// The larger of two numbers of threads, of which none means all.

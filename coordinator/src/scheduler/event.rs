@@ -383,6 +383,16 @@ pub struct PlacedSeat {
     /// How long it is expected to take, milliseconds; 0: not known.
     #[serde(default)]
     pub expected_ms: u64,
+    /// Share of the device's time that it takes, thousandths.
+    #[serde(default = "whole")]
+    pub load: u16,
+}
+
+/// A seat that has its device for itself.
+pub const WHOLE: u16 = 1000;
+
+pub(super) const fn whole() -> u16 {
+    WHOLE
 }
 
 /// A seat's part is done.

@@ -228,8 +228,8 @@ impl Live {
         let lease = now.plus_ms(state.settings.lease_ttl_ms);
         for seat in &placed.seats {
             self.open_seat(id, seat.role, seat.device.worker, lease);
-            let (role, bytes, expected_ms) = (seat.role, seat.reserved_bytes, seat.expected_ms);
-            let occupant = Occupant { attempt: id, role, bytes, threads, expected_ms, since: now };
+            let (role, bytes, expected_ms, load) = (seat.role, seat.reserved_bytes, seat.expected_ms, seat.load);
+            let occupant = Occupant { attempt: id, role, bytes, threads, load, expected_ms, since: now };
             self.board.occupy(&seat.device, seat.lane, occupant, now);
         }
     }
@@ -242,8 +242,8 @@ impl Live {
         for seat in state.attempt(id).into_iter().flat_map(Attempt::unfinished) {
             self.open_seat(id, seat.role, seat.device.worker, lease);
             if !seat.freed {
-                let (role, bytes, expected_ms) = (seat.role, seat.reserved_bytes, seat.expected_ms);
-                let occupant = Occupant { attempt: id, role, bytes, threads, expected_ms, since: now };
+                let (role, bytes, expected_ms, load) = (seat.role, seat.reserved_bytes, seat.expected_ms, seat.load);
+                let occupant = Occupant { attempt: id, role, bytes, threads, load, expected_ms, since: now };
                 self.board.occupy(&seat.device, seat.lane, occupant, now);
             }
         }

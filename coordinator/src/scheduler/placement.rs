@@ -475,9 +475,9 @@ impl Round<'_> {
         let mut seats = Vec::with_capacity(fits.len());
         for (id, fit) in fits {
             let device = self.row(*id).device.clone();
-            let (role, lane, expected_ms) = (fit.seat.role, fit.slot.lane, fit.expected.ms);
+            let (SeatNeed { role, load, .. }, lane, expected_ms) = (fit.seat, fit.slot.lane, fit.expected.ms);
             self.occupy(*id, fit, attempt);
-            seats.push(PlacedSeat { role, device, reserved_bytes: fit.bytes, lane, expected_ms });
+            seats.push(PlacedSeat { role, device, reserved_bytes: fit.bytes, lane, expected_ms, load });
         }
         *self.started.entry(shard.run).or_default() += 1;
         let reference_ms = self.view.reference_ms(request);
@@ -487,11 +487,11 @@ impl Round<'_> {
     /// Puts a seat onto a row, as far as this round is concerned.
     fn occupy(&mut self, id: RowId, fit: &Fit, attempt: AttemptId) {
         let (expected_ms, now) = (fit.expected.ms, self.view.now);
-        let (role, bytes, threads) = (fit.seat.role, fit.bytes, fit.seat.threads);
+        let (SeatNeed { role, threads, load, .. }, bytes) = (fit.seat, fit.bytes);
         let row = self.overlay.entry(id).or_insert_with(|| self.view.row(id).clone());
         let body = row.lanes.entry(fit.slot.lane).or_default();
         body.until = body.until.max(now).plus_ms(expected_ms);
-        body.push(Occupant { attempt, role, bytes, threads, expected_ms, since: now });
+        body.push(Occupant { attempt, role, bytes, threads, load, expected_ms, since: now });
     }
 
     fn reasons(&self, request: &Request, fits: &[(RowId, Fit)]) -> Vec<Rated> {
@@ -538,3 +538,4 @@ struct Fit {
 }
 
 mod gang;
+mod pair;

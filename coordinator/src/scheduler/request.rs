@@ -8,6 +8,7 @@ use protocol::group::Require;
 use protocol::ids::{AttemptId, DeviceRef, Role, RunId, ShardId, WorkerId};
 
 use super::estimate;
+use super::event::WHOLE;
 use super::state::{AttemptState, Run, Shard, State};
 
 /// What a shard asks for. Ordered without whose it is.
@@ -40,6 +41,8 @@ pub struct SeatNeed {
     pub bytes: u64,
     /// Compute threads of a processor; `None`: all.
     pub threads: Option<u32>,
+    /// Share of its device's time, thousandths.
+    pub load: u16,
 }
 
 /// A place to avoid.
@@ -65,6 +68,7 @@ impl Request {
             role: *role,
             bytes: estimate::seat_bytes(spec, *role, |model| state.shape(model)),
             threads: spec.threads(),
+            load: WHOLE,
         };
         let models = |role: &Role| spec.models_of(*role).into_iter().map(str::to_owned).collect();
         Self {

@@ -112,7 +112,9 @@ fn steps(view: View<'_>, run: &Run, training: &Training, recipe: &FuserRecipe) -
         let stage = Stage::Steps { round, replica, samples, start: start.clone() };
         spec.at(stage)
     };
-    let request = request(view.state, &spec.at(FIRST_STEP), require);
+    let samples = range(0, u64::from(recipe.local_steps) * u64::from(recipe.batch));
+    let typical = Stage::Steps { round, replica: 0, samples, start: None };
+    let request = request(view.state, &spec.at(typical), require);
     let times = unit_times(view, &request, most as usize);
     let steps = match recipe.shares {
         Shares::Speed => local_steps(&times, recipe.local_steps),

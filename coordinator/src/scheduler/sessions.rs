@@ -185,7 +185,7 @@ impl Scheduler {
         let room = self.state.attempt(id).and_then(|attempt| attempt.seat(role)).is_some_and(|seat| {
             let view = View { state: &self.state, live: &self.live, now: self.now };
             let threads = self.state.shard(id.shard).and_then(|shard| shard.spec.threads());
-            restarted || seat.freed || view.has_room_for(&seat.device, seat.reserved_bytes, threads, id)
+            restarted || seat.freed || view.has_room_for(seat, threads, id)
         });
         if room {
             self.emit(Event::AttemptResumed { attempt: id });

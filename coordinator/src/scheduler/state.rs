@@ -237,6 +237,9 @@ pub struct Seat {
     /// How long it was expected to take, milliseconds; 0: not known.
     #[serde(default)]
     pub expected_ms: u64,
+    /// Share of the device's time that it takes, thousandths.
+    #[serde(default = "super::event::whole")]
+    pub load: u16,
     /// Its process is over, its outcome is still to come: the device is free.
     pub freed: bool,
     /// What it made, once that is known.

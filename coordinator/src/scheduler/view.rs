@@ -4,15 +4,15 @@
 
 use protocol::catalogue;
 use protocol::hardware::{Device, DeviceKind, Telemetry};
-use protocol::ids::{AttemptId, DeviceRef, Role};
+use protocol::ids::{AttemptId, Role};
 use protocol::time::UnixMillis;
 
 use super::board::{AHEAD_MS, Row, RowId, SHARE_AFTER_MS, SHARE_BELOW_PERCENT};
-use super::event::Policy;
+use super::event::{Policy, WHOLE};
 use super::live::Live;
 use super::reason::Reason;
 use super::request::{MEGABYTE, Request, SeatNeed, link_class};
-use super::state::{State, Worker};
+use super::state::{Seat, State, Worker};
 use super::status::WorkerState;
 use super::throughput::{Basis, Estimate, Prior};
 
@@ -171,7 +171,9 @@ impl<'a> View<'a> {
         if let Some(what) = &telemetry.sick {
             return Some(Reason::Sick { what: what.clone() });
         }
-        if world == World::Now && (!row.has_slot(seat.threads, None) || self.is_saturated(row, telemetry)) {
+        if world == World::Now
+            && (!row.has_slot(seat.threads, seat.load, None) || self.is_saturated(row, telemetry, seat.load))
+        {
             let first = row.lanes.values().filter_map(|lane| lane.seats.first()).map(|seat| seat.attempt).min();
             return first.map(|attempt| Reason::Busy { attempt });
         }
@@ -182,12 +184,15 @@ impl<'a> View<'a> {
     /// Whether nothing at all can be put on a device now, not even behind what it has: no need to look at any request.
     pub fn is_closed(&self, row: &Row) -> bool {
         let Some(telemetry) = self.telemetry(row) else { return true };
-        let busy = !row.has_slot(Some(1), None) || self.is_saturated(row, telemetry);
+        let busy = !row.has_slot(Some(1), WHOLE, None) || self.is_saturated(row, telemetry, WHOLE);
         busy && row.lanes.values().all(|lane| lane.until.since_ms(self.now) >= AHEAD_MS)
     }
 
-    /// Whether a card has no time to spare for a further shard, as far as known.
-    fn is_saturated(&self, row: &Row, telemetry: &Telemetry) -> bool {
+    /// Whether a card has no time to spare for a further seat that takes `load` thousandths of it, as far as known.
+    fn is_saturated(&self, row: &Row, telemetry: &Telemetry, load: u16) -> bool {
+        if load < WHOLE && row.load().saturating_add(load) <= WHOLE {
+            return false;
+        }
         let shared = row.body.kind == DeviceKind::Cuda && !row.lanes.is_empty();
         let seats = || row.lanes.values().flat_map(|lane| &lane.seats);
         let new = || seats().any(|seat| self.now.since_ms(seat.since) < SHARE_AFTER_MS);
@@ -223,7 +228,8 @@ impl<'a> View<'a> {
         let us = estimate.unit_us.saturating_mul(u64::from(request.units));
         let cold = request.models_of(role).iter().filter(|model| !self.live.is_warm(&row.device, model));
         let load_ms = cold.map(|model| load_ms(model)).sum::<u64>();
-        Expected { ms: us.div_ceil(1000).saturating_add(load_ms), spread: estimate.spread, basis: estimate.basis }
+        let ms = us.div_ceil(1000).saturating_add(load_ms);
+        Expected { ms, work_us: us, spread: estimate.spread, basis: estimate.basis }
     }
 
     /// How long a gang's packets are on their way from one device to another, milliseconds: by the size that its class was seen
@@ -248,6 +254,11 @@ impl<'a> View<'a> {
             return cell.estimate();
         }
         self.live.times.predict(&self.state.table, class, &row.body.model, prior)
+    }
+
+    /// Whether it is measured how long every seat of a request works by itself.
+    pub fn knows_paces(&self, request: &Request) -> bool {
+        request.seats.iter().all(|seat| self.state.paces.knows(&request.seat_class(seat.role)))
     }
 
     /// What a request is worth: its time on the reference card, milliseconds. Shares of the cluster are counted in it, so
@@ -288,12 +299,12 @@ impl<'a> View<'a> {
     }
 
     /// Whether a resumed attempt's seat would still fit where it was.
-    pub fn has_room_for(&self, device: &DeviceRef, bytes: u64, threads: Option<u32>, attempt: AttemptId) -> bool {
-        self.live.board.find(device).is_some_and(|row| {
+    pub fn has_room_for(&self, seat: &Seat, threads: Option<u32>, attempt: AttemptId) -> bool {
+        self.live.board.find(&seat.device).is_some_and(|row| {
             !row.gone
                 && row.body.unusable.is_none()
-                && row.has_slot(threads, Some(attempt))
-                && row.reserved_bytes().saturating_add(bytes) <= row.body.memory_budget_bytes
+                && row.has_slot(threads, seat.load, Some(attempt))
+                && row.reserved_bytes().saturating_add(seat.reserved_bytes) <= row.body.memory_budget_bytes
         })
     }
 }
@@ -303,6 +314,8 @@ impl<'a> View<'a> {
 pub struct Expected {
     /// Milliseconds, 1 or more.
     pub ms: u64,
+    /// Of which the seat's own work, microseconds: without its model's way from the disk.
+    pub work_us: u64,
     /// Standard deviation of its logarithm, 1/1024 octaves.
     pub spread: u32,
     /// How it came about.

@@ -209,7 +209,7 @@ mod tests {
             let path = self.work().join("result.json");
             fs::write(&path, text).unwrap();
             let outputs = vec![("result.json".to_owned(), path.to_string_lossy().into_owned())];
-            exec::Finished { attempt: seat().attempt, outputs, memory_peak_bytes: 5, models: Vec::new() }
+            exec::Finished { attempt: seat().attempt, outputs, memory_peak_bytes: 5, models: Vec::new(), waited_ms: 0 }
         }
     }
 

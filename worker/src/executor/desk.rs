@@ -1,5 +1,6 @@
 //! What a seat's procedure works with, besides models: packets from and to the other seat, inputs, files that it makes.
 
+use std::cell::Cell;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub(super) struct Desk<'a, W> {
     directory: PathBuf,
     inbox: &'a Inbox,
     outbox: &'a Outbox<W>,
+    waited: Cell<Duration>,
 }
 
 /// What went to the other seat.
@@ -40,7 +42,21 @@ pub(super) struct Emitted {
 
 impl<'a, W: Write> Desk<'a, W> {
     pub(super) fn new(order: &'a RunSeat, inbox: &'a Inbox, outbox: &'a Outbox<W>) -> Self {
-        Self { order, directory: PathBuf::from(&order.directory), inbox, outbox }
+        let waited = Cell::new(Duration::ZERO);
+        Self { order, directory: PathBuf::from(&order.directory), inbox, outbox, waited }
+    }
+
+    /// Time spent in waiting for the other seat.
+    pub(super) fn waited(&self) -> Duration {
+        self.waited.get()
+    }
+
+    /// Does what may wait for the other seat.
+    fn waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        let answer = wait();
+        self.waited.set(self.waited.get() + begun.elapsed());
+        answer
     }
 
     fn attempt(&self) -> AttemptId {
@@ -63,7 +79,7 @@ impl<'a, W: Write> Desk<'a, W> {
     /// Sends a cache to the other seat, once there is room for it on the way.
     pub(super) fn emit(&self, emitted: &mut Emitted, key: &str, cache: &KvCache) -> Result<(), ExperimentError> {
         let computed = Instant::now();
-        self.inbox.wait_for_room(self.attempt(), emitted.packets.into(), UNSENT_MAX)?;
+        self.waiting(|| self.inbox.wait_for_room(self.attempt(), emitted.packets.into(), UNSENT_MAX))?;
         let directory = self.directory.join("packets");
         std::fs::create_dir_all(&directory).map_err(|error| on_disk("packets", &directory, &error))?;
         let path = directory.join(format!("{key}.safetensors"));
@@ -81,7 +97,7 @@ impl<'a, W: Write> Desk<'a, W> {
 
     /// Waits for a packet of a model of this layout and takes it; one that does not fit is refused here, before any use.
     pub(super) fn fetch(&self, layout: &Arc<CacheLayout>, key: &str) -> Result<KvCache, ExperimentError> {
-        let path = PathBuf::from(self.inbox.packet(self.attempt(), key)?);
+        let path = PathBuf::from(self.waiting(|| self.inbox.packet(self.attempt(), key))?);
         let cache = KvCache::load(&path, layout).map_err(|source| match source {
             CacheError::Io { source, .. } => on_disk(key, &path, &source),
             source => ExperimentError::PacketRefused { key: key.to_owned(), source },
@@ -92,7 +108,7 @@ impl<'a, W: Write> Desk<'a, W> {
 
     /// The same for a packet of another model, whose layout it says itself.
     pub(super) fn fetch_foreign(&self, key: &str) -> Result<KvCache, ExperimentError> {
-        let path = PathBuf::from(self.inbox.packet(self.attempt(), key)?);
+        let path = PathBuf::from(self.waiting(|| self.inbox.packet(self.attempt(), key))?);
         let cache = KvCache::load_foreign(&path).map_err(|source| match source {
             CacheError::Io { source, .. } => on_disk(key, &path, &source),
             source => ExperimentError::PacketRefused { key: key.to_owned(), source },

@@ -68,7 +68,8 @@ pub fn run<W: Write>(order: &RunSeat, warm: &mut Warm, inbox: &Inbox, outbox: &O
         }
     };
     outputs.push(desk.write_result(&result).map_err(told)?);
-    Ok(Finished { attempt: order.attempt, outputs, memory_peak_bytes: memory::peak_bytes(), models })
+    let waited_ms = u64::try_from(desk.waited().as_millis()).unwrap_or(u64::MAX);
+    Ok(Finished { attempt: order.attempt, outputs, memory_peak_bytes: memory::peak_bytes(), models, waited_ms })
 }
 
 impl<W: Write> Desk<'_, W> {

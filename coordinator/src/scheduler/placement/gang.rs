@@ -61,7 +61,7 @@ impl Round<'_> {
         {
             return Some(fits);
         }
-        self.apart(request, &rows, world)
+        self.paired(request, &rows, world).or_else(|| self.apart(request, &rows, world))
     }
 
     /// Whether all seats of a request have a place in `world`.

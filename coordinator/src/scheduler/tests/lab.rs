@@ -35,6 +35,8 @@ pub(super) struct Lab {
     keys: u8,
     /// What a seat says that it took, milliseconds.
     pub(super) wall_ms: u64,
+    /// Of which a seat waits for the other one.
+    pub(super) waited_ms: BTreeMap<Role, u64>,
 }
 
 /// A worker as the lab plays it.
@@ -64,6 +66,7 @@ impl Lab {
             boxes: BTreeMap::new(),
             keys: 0,
             wall_ms: 5,
+            waited_ms: BTreeMap::new(),
         }
     }
 
@@ -184,6 +187,7 @@ impl Lab {
         let session = self.boxes[&worker].session;
         let mut finished = finished(attempt, role);
         finished.usage.wall_ms = self.wall_ms;
+        finished.usage.waited_ms = self.waited_ms.get(&finished.role).copied().unwrap_or(0);
         finished
             .outputs
             .extend(self.state().shard(attempt.shard).into_iter().flat_map(|shard| made(&shard.spec, attempt, role)));

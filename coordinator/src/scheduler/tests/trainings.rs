@@ -214,6 +214,75 @@ fn boxes_of_one_kind_are_told_apart_once_they_have_stepped() {
     assert!(spreads[1..].iter().all(|(replicas, percent)| *replicas == 3 && *percent <= 115), "{spreads:?}");
 }
 
+/// Pairs of a training whose seats must sit apart, round by round, as (source, target); finishes what runs. `waited_ms` of a
+/// minute says how long each role waits.
+fn pairs_of_rounds(waiting: Role, waited_ms: u64, rounds: u32) -> (Vec<WorkerId>, Vec<Vec<(WorkerId, WorkerId)>>) {
+    let mut lab = Lab::new();
+    let join = |_| {
+        let worker = lab.join();
+        let body = lab.boxes.get_mut(&worker).unwrap();
+        (body.budget, body.free) = (16 * GB, 16 * GB);
+        lab.connect(worker).unwrap();
+        lab.beat(worker);
+        worker
+    };
+    let workers: Vec<_> = (0..4).map(join).collect();
+    let spec = TrainSpec { spread: Spread::Workers, ..training(fuser(64, None), 8_000, 4) };
+    let run = lab.submit_run(new_trainings(vec![spec]));
+    lab.waited_ms.insert(waiting, waited_ms);
+    let mut all = Vec::new();
+    for _ in 0..rounds {
+        let mut pairs = Vec::new();
+        for id in in_state(&lab, run, ShardState::Running) {
+            let attempt = lab.state().attempt(lab.open(id).0).unwrap();
+            let at = |role| attempt.seat(role).unwrap().device.worker;
+            pairs.push((at(Role::Source), at(Role::Target)));
+        }
+        all.push(pairs);
+        lab.wall_ms = 60_000;
+        for id in in_state(&lab, run, ShardState::Running) {
+            finish(&mut lab, id);
+        }
+        lab.wall_ms = 5;
+        let outer = in_state(&lab, run, ShardState::Running)[0];
+        finish(&mut lab, outer);
+    }
+    (workers, all)
+}
+
+#[test]
+fn a_source_serves_as_many_targets_as_it_is_faster() {
+    let (_, rounds) = pairs_of_rounds(Role::Source, 45_000, 3);
+    // Nothing is known at first: a source each.
+    assert_eq!(rounds[0].len(), 2);
+    for pairs in &rounds[1..] {
+        assert_eq!(pairs.len(), 3, "{pairs:?}");
+        assert!(pairs.iter().all(|(source, _)| *source == pairs[0].0), "{pairs:?}");
+        let mut targets: Vec<_> = pairs.iter().map(|(_, target)| target).collect();
+        targets.dedup();
+        assert_eq!(targets.len(), 3, "{pairs:?}");
+    }
+}
+
+#[test]
+fn a_target_has_as_many_sources_as_it_is_faster() {
+    let (_, rounds) = pairs_of_rounds(Role::Target, 45_000, 3);
+    for pairs in &rounds[1..] {
+        assert_eq!(pairs.len(), 3, "{pairs:?}");
+        assert!(pairs.iter().all(|(_, target)| *target == pairs[0].1), "{pairs:?}");
+    }
+}
+
+#[test]
+fn seats_that_are_about_as_fast_have_their_devices_for_themselves() {
+    let (workers, rounds) = pairs_of_rounds(Role::Source, 20_000, 3);
+    for pairs in rounds {
+        let mut seats: Vec<_> = pairs.iter().flat_map(|(source, target)| [*source, *target]).collect();
+        seats.sort_unstable();
+        assert_eq!(seats, workers, "{pairs:?}");
+    }
+}
+
 #[test]
 fn who_joins_or_leaves_matters_in_the_next_round() {
     let mut lab = Lab::new();

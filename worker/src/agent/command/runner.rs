@@ -194,7 +194,8 @@ impl Shared {
             Err(_) => path,
         };
         let outputs = outputs.into_iter().map(|(name, path)| (name, moved(path).to_string_lossy().into_owned()));
-        Ok(Finished { attempt: seat.attempt, outputs: outputs.collect(), memory_peak_bytes, models: Vec::new() })
+        let (outputs, models) = (outputs.collect(), Vec::new());
+        Ok(Finished { attempt: seat.attempt, outputs, memory_peak_bytes, models, waited_ms: 0 })
     }
 
     async fn run(

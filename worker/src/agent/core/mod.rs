@@ -308,7 +308,7 @@ impl Agent {
                 self.free(executor, id);
                 self.leave_lane(id);
                 if let Some(seat) = self.seats.get_mut(&id) {
-                    seat.phase = Phase::Sending { finished, build };
+                    seat.phase = Phase::Sending { finished, build, since: now };
                     self.keep_if_sent(now, id);
                 }
             }
@@ -388,7 +388,7 @@ impl Agent {
     /// Once the executor is done and nothing is on its way any more, the outputs go into the outbox.
     fn keep_if_sent(&mut self, now: UnixMillis, id: SeatId) {
         let Some(seat) = self.seats.get_mut(&id) else { return };
-        let Phase::Sending { finished, build } = &seat.phase else { return };
+        let Phase::Sending { finished, build, since } = &seat.phase else { return };
         if !seat.outgoing.is_empty() {
             seat.progress.note = format!("{} packets on their way", seat.outgoing.len());
             return;
@@ -398,6 +398,7 @@ impl Agent {
             memory_peak_bytes: finished.memory_peak_bytes,
             packet_bytes: seat.packet_bytes,
             link_bytes_per_second: seat.link_bytes_per_second,
+            waited_ms: finished.waited_ms.saturating_add(now.since_ms(*since)),
         };
         let (finished, build) = (finished.clone(), build.clone());
         "finished".clone_into(&mut seat.progress.note);

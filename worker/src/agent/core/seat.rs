@@ -112,7 +112,7 @@ pub(super) enum Phase {
     /// The researcher's program works.
     Commanding,
     /// The executor is done and works for others; packets are still on their way.
-    Sending { finished: exec::Finished, build: String },
+    Sending { finished: exec::Finished, build: String, since: UnixMillis },
     /// The outputs go into the outbox.
     Keeping,
     /// Made no outputs; that it is done goes into the outbox.

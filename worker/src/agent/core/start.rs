@@ -80,9 +80,10 @@ impl Agent {
         seat.started_at = now;
         match seat.work {
             Work::Nothing => {
+                let (outputs, models) = (vec![], vec![]);
                 let finished =
-                    exec::Finished { attempt: id.attempt, outputs: vec![], memory_peak_bytes: 0, models: vec![] };
-                seat.phase = Phase::Sending { finished, build: protocol::BUILD.to_owned() };
+                    exec::Finished { attempt: id.attempt, outputs, memory_peak_bytes: 0, models, waited_ms: 0 };
+                seat.phase = Phase::Sending { finished, build: protocol::BUILD.to_owned(), since: now };
                 self.leave_lane(id);
                 self.keep_if_sent(now, id);
             }
@@ -138,7 +139,7 @@ impl Agent {
         match (self.seats.get_mut(&id), ended) {
             (Some(seat), Ok(finished)) => {
                 seat.started_at = UnixMillis(now.0.saturating_sub(wall_ms));
-                seat.phase = Phase::Sending { finished, build: protocol::BUILD.to_owned() };
+                seat.phase = Phase::Sending { finished, build: protocol::BUILD.to_owned(), since: now };
                 self.keep_if_sent(now, id);
             }
             (Some(_), Err(failure)) => self.end_as_failed(now, id, failure),

@@ -69,7 +69,7 @@ fn command(lane: u32, fence: u64) -> Input {
 
 fn command_ended(fence: u64, outputs: &[&str]) -> Input {
     let outputs = outputs.iter().map(|name| ((*name).to_owned(), (*name).to_owned())).collect();
-    let ended = exec::Finished { attempt: attempt(fence), outputs, memory_peak_bytes: 7, models: vec![] };
+    let ended = exec::Finished { attempt: attempt(fence), outputs, memory_peak_bytes: 7, models: vec![], waited_ms: 0 };
     Input::CommandEnded { seat: seat(fence, Role::Main), wall_ms: 5, ended: Ok(ended) }
 }
 
@@ -84,7 +84,7 @@ fn records_kept(fences: &[u64]) -> Input {
 fn finished(fence: u64) -> FromExecutor {
     let attempt = attempt(fence);
     let outputs = vec![("result.json".into(), "p".into())];
-    FromExecutor::Finished(exec::Finished { attempt, outputs, memory_peak_bytes: 7, models: Vec::new() })
+    FromExecutor::Finished(exec::Finished { attempt, outputs, memory_peak_bytes: 7, models: Vec::new(), waited_ms: 0 })
 }
 
 fn published(fence: u64, role: Role) -> SeatFinished {

@@ -5,11 +5,17 @@
 //! samples of their own, and one outer step makes the next weights. The scheduler opens one round when the one before has
 //! committed, so a shard's inputs are artifacts that exist, named by content.
 
+mod eval;
+mod recipe;
+
 use serde::{Deserialize, Serialize};
 
 use super::{ShardSpec, Spread};
 use crate::control::Output;
 use crate::ids::Role;
+
+pub use eval::{EvalSpec, Projected, Tier};
+pub use recipe::{FuserRecipe, Loss, Method, Pairs, Precision, Regime, RidgeRecipe, Schedule, Shares};
 
 /// Name of the trained projector among a shard's artifacts, and among the inputs of a shard that uses it.
 pub const PROJECTOR: &str = "projector.safetensors";
@@ -152,142 +158,6 @@ pub enum LayerMap {
     Given(Vec<Vec<u32>>),
 }
 
-/// What is trained, and how.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Method {
-    /// One matrix a layer, in closed form.
-    Ridge(RidgeRecipe),
-    /// C2C's fuser, by gradient descent.
-    Fuser(Box<FuserRecipe>),
-}
-
-/// How a ridge projector is solved for.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct RidgeRecipe {
-    /// Regularisations tried, in units of standardised features; the best on held-out samples is taken, layer by layer.
-    pub lambdas: Vec<f64>,
-    /// Part of the samples' groups (an entity never lies on both sides) held out to choose by, percent, 5–50.
-    pub held_out_percent: u32,
-}
-
-/// How a fuser is trained.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct FuserRecipe {
-    /// Who has read what.
-    pub regime: Regime,
-    /// Width h of its hidden layers.
-    pub hidden: u32,
-    /// Layers m, 3 or more.
-    pub depth: u32,
-    /// The projector whose output it refines; `None`: from the target's neutral cache.
-    pub base: Option<ProjectorRef>,
-    /// Trained on the pairs as they are, or as a control.
-    pub pairs: Pairs,
-    /// What is made small.
-    pub loss: Loss,
-    /// Passes over the corpus, 1 or more.
-    pub epochs: u32,
-    /// Samples of an optimiser step.
-    pub batch: u32,
-    /// Samples of a pass; gradients of several are added up to a batch.
-    pub micro_batch: u32,
-    /// Largest learning rate.
-    pub learning_rate: f64,
-    /// Share of the steps that it takes to get there, 0–1.
-    pub warmup: f64,
-    /// How it goes down from there.
-    pub schedule: Schedule,
-    /// AdamW's decay, of matrices.
-    pub weight_decay: f64,
-    /// Longest gradient, L2; 0: any.
-    pub clip: f64,
-    /// Probability that a number is dropped, 0–1.
-    pub dropout: f64,
-    /// Logit that gates start from; above 0 they are open in use.
-    pub gate_start: f64,
-    /// Temperature of the gates at the end, from 1 at the start.
-    pub temperature_end: f64,
-    /// Format of the fuser's products; weights, moments and sums stay f32.
-    pub precision: Precision,
-    /// Activations are computed again on the way back rather than kept.
-    pub checkpointing: bool,
-    /// Optimiser steps of a typical replica between two outer steps, 1–256.
-    pub local_steps: u32,
-    /// How many of them the others do.
-    pub shares: Shares,
-    /// Deltas are sent as int8 in blocks of 256; otherwise as f32.
-    pub quantise: bool,
-    /// Learning rate and momentum of the outer step; `None`: by the number of rounds.
-    pub outer: Option<(f64, f64)>,
-    /// Samples on which weights are validated at the start of each round, with the right and with another sample's cache.
-    pub validate: u32,
-}
-
-/// How the steps of a round are shared out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Shares {
-    /// In proportion to measured speed, so that unequal devices end together.
-    Speed,
-    /// Equally, for comparison.
-    Equal,
-}
-
-/// Who has read the text that the source's cache is of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Regime {
-    /// Only the source.
-    Unaware,
-    /// Both, as published.
-    Aware,
-}
-
-/// Which source cache goes with which target.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Pairs {
-    /// Those of the same sample.
-    Matched,
-    /// Those of another sample: the control.
-    Shuffled,
-}
-
-/// What training makes small.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Loss {
-    /// Cross-entropy of the continuation's tokens, as published.
-    NextToken,
-    /// Cross-entropy to what the target itself predicts with its native cache.
-    Distil,
-}
-
-/// How the learning rate goes down after warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Schedule {
-    /// It does not.
-    Constant,
-    /// To 0 in a straight line.
-    Linear,
-    /// To 0 along half a cosine.
-    Cosine,
-}
-
-/// Number format of a product's operands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Precision {
-    /// 32 bits.
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// IEEE half; losses are scaled.
-    F16,
-}
-
 /// Which projector is meant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -296,129 +166,6 @@ pub enum ProjectorRef {
     Trained(u32),
     /// An artifact.
     Artifact(Output),
-}
-
-/// What one shard of kind `projector-eval` does.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct EvalSpec {
-    /// Name of the model whose caches come in.
-    pub source: String,
-    /// Name of the model that continues with them.
-    pub target: String,
-    /// What is measured.
-    pub projector: ProjectorRef,
-    /// The same trained on shuffled pairs; a ridge projector brings its own.
-    pub shuffled: Option<ProjectorRef>,
-    /// How hard the facts are for it.
-    pub tier: Tier,
-    /// Index of the first fact.
-    pub first_fact: u32,
-    /// Number of facts, 2 or more: another subject's cache comes from the same shard.
-    pub facts: u32,
-    /// Conditions scored, in this order; the native cache is always computed.
-    pub conditions: Vec<Projected>,
-    /// Longest answer generated, tokens, 1–64.
-    pub answer_tokens: u32,
-    /// Where the two seats sit.
-    pub spread: Spread,
-    /// Seed of the facts.
-    pub seed: u64,
-}
-
-/// How hard a fact is for a projector.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Tier {
-    /// A person that training has not seen, in a place that it has.
-    Seen,
-    /// A person and a place that training has not seen.
-    Unseen,
-    /// Two persons in one sentence, in different places that training has seen; one is asked for.
-    Binding,
-}
-
-impl Tier {
-    /// Every tier.
-    pub const ALL: [Self; 3] = [Self::Seen, Self::Unseen, Self::Binding];
-}
-
-impl std::fmt::Display for Tier {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(match self {
-            Self::Seen => "seen",
-            Self::Unseen => "unseen",
-            Self::Binding => "binding",
-        })
-    }
-}
-
-/// What the target is given before it reads the question.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Projected {
-    /// Its own cache of the text: the oracle.
-    Native,
-    /// Nothing.
-    NoContext,
-    /// The source's cache as it is, cut or padded to shape.
-    RawCopy,
-    /// The source's cache through the projector.
-    Projected,
-    /// Another subject's cache through the projector.
-    Mismatched,
-    /// The source's cache through the projector that was trained on shuffled pairs.
-    Shuffled,
-    /// What the source wrote when asked to pass on what it read.
-    TextRelay,
-}
-
-impl Projected {
-    /// Every condition.
-    pub const ALL: [Self; 7] = [
-        Self::Native,
-        Self::NoContext,
-        Self::RawCopy,
-        Self::Projected,
-        Self::Mismatched,
-        Self::Shuffled,
-        Self::TextRelay,
-    ];
-}
-
-impl std::fmt::Display for Projected {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(match self {
-            Self::Native => "native",
-            Self::NoContext => "no-context",
-            Self::RawCopy => "raw-copy",
-            Self::Projected => "projected",
-            Self::Mismatched => "mismatched",
-            Self::Shuffled => "shuffled",
-            Self::TextRelay => "text-relay",
-        })
-    }
-}
-
-impl std::str::FromStr for Projected {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Self::ALL.into_iter().find(|condition| condition.to_string() == text).ok_or_else(|| {
-            let names: Vec<_> = Self::ALL.iter().map(ToString::to_string).collect();
-            format!("unknown condition `{text}`; expected one of {}", names.join(", "))
-        })
-    }
-}
-
-impl std::str::FromStr for Tier {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Self::ALL
-            .into_iter()
-            .find(|tier| tier.to_string() == text)
-            .ok_or_else(|| format!("unknown tier `{text}`; expected one of seen, unseen, binding"))
-    }
 }
 
 /// An artifact that a shard needs before it can start.
@@ -585,36 +332,6 @@ impl TrainSpec {
 
 /// Name of the projector that a fuser refines, among its first round's inputs.
 pub const BASE: &str = "base.safetensors";
-
-impl EvalSpec {
-    pub(super) fn models(&self, role: Role) -> Vec<&str> {
-        match role {
-            Role::Source => vec![&self.source],
-            Role::Target => vec![&self.target],
-            Role::Main => Vec::new(),
-        }
-    }
-
-    pub(super) fn needs(&self) -> Vec<Need> {
-        let control = match &self.shuffled {
-            Some(own) => Some(own.need(SHUFFLED, PROJECTOR, false)),
-            None => match &self.projector {
-                ProjectorRef::Trained(_) => Some(self.projector.need(SHUFFLED, SHUFFLED, true)),
-                ProjectorRef::Artifact(_) => None,
-            },
-        };
-        [self.projector.need(PROJECTOR, PROJECTOR, false)].into_iter().chain(control).collect()
-    }
-
-    pub(super) fn summary(&self) -> String {
-        let Self { source, target, tier, first_fact, facts, .. } = self;
-        format!("projector-eval {source} -> {target} {tier} facts={first_fact}..{}", first_fact + facts)
-    }
-
-    pub(super) fn work_class(&self) -> String {
-        format!("projector-eval/{}/{}/conditions={}", self.source, self.target, self.conditions.len())
-    }
-}
 
 impl ShardSpec {
     /// Artifacts that must exist before the shard can start, by the names under which it finds them.

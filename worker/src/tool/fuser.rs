@@ -8,14 +8,13 @@ use std::time::Instant;
 use clap::Args;
 use protocol::experiment::Spread;
 use protocol::experiment::projector::{
-    Corpus as CorpusSpec, CorpusText, Couriers, FuserRecipe, LayerMap, Loss, Method, Pairs, Precision, ProjectorRef,
-    Regime, Samples, Schedule, Stage, TrainSpec,
+    FuserRecipe, LayerMap, Loss, Method, Pairs, Precision, ProjectorRef, Regime, Samples, Schedule, Stage, TrainSpec,
 };
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::args::{ToolError, print_json};
-use super::projector::PairArgs;
+use super::projector::{CorpusArgs, PairArgs};
 use crate::cache::KvCache;
 use crate::experiment::ExperimentError;
 use crate::experiment::projector::rounds::{Corpora, Start, outer, send_caches, steps};
@@ -40,21 +39,9 @@ pub struct FuseArgs {
     /// Passes over them.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub epochs: u32,
-    /// Files to read instead of made-up sentences: .txt, .jsonl.
-    #[arg(long, value_name = "FILE")]
-    pub text: Vec<PathBuf>,
-    /// Different places in made-up sentences.
-    #[arg(long, default_value_t = 32, value_name = "N")]
-    pub values: u32,
-    /// Different persons in them.
-    #[arg(long, default_value_t = 96, value_name = "N")]
-    pub names: u32,
-    /// Different wordings of them.
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    pub wordings: u32,
-    /// Percentage of sentences with two persons.
-    #[arg(long, default_value_t = 0, value_name = "P")]
-    pub pairs: u32,
+    /// What both read.
+    #[command(flatten)]
+    pub corpus: CorpusArgs,
     /// Nearest source layers for each target layer.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub layers: u32,
@@ -76,7 +63,7 @@ pub struct FuseArgs {
     /// Samples of an optimiser step.
     #[arg(long, default_value_t = 8, value_name = "N")]
     pub batch: u32,
-    /// Samples whose activations of the fuser are held at a time.
+    /// Samples whose activations are held at a time.
     #[arg(long, default_value_t = 8, value_name = "N")]
     pub micro_batch: u32,
     /// Largest learning rate.
@@ -154,22 +141,10 @@ impl FuseArgs {
     }
 
     fn spec(&self) -> Result<TrainSpec, ToolError> {
-        let text = match self.text.is_empty() {
-            true => CorpusText::Couriers(Couriers {
-                values: self.values,
-                names: self.names,
-                wordings: self.wordings,
-                pairs_percent: self.pairs,
-            }),
-            false => {
-                let whole = |path: &PathBuf| Ok(std::path::absolute(path)?.to_string_lossy().into_owned());
-                CorpusText::Files(self.text.iter().map(whole).collect::<std::io::Result<_>>()?)
-            }
-        };
         Ok(TrainSpec {
             source: self.pair.source.clone(),
             target: self.pair.target.clone(),
-            corpus: CorpusSpec { text, samples: self.samples },
+            corpus: self.corpus.spec(self.samples)?,
             layers: LayerMap::Proportional(self.layers),
             method: Method::Fuser(Box::new(self.recipe())),
             stage: Stage::Whole { shards: 1 },

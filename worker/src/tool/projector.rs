@@ -62,15 +62,9 @@ pub struct PairArgs {
     pub seed: u64,
 }
 
-/// `projector train`.
+/// What both models read.
 #[derive(Debug, Args)]
-pub struct TrainArgs {
-    /// Which models.
-    #[command(flatten)]
-    pub pair: PairArgs,
-    /// Samples.
-    #[arg(long, default_value_t = 256, value_name = "N")]
-    pub samples: u32,
+pub struct CorpusArgs {
     /// Files to read instead of made-up sentences: .txt, .jsonl.
     #[arg(long, value_name = "FILE")]
     pub text: Vec<PathBuf>,
@@ -86,6 +80,20 @@ pub struct TrainArgs {
     /// Percentage of sentences with two persons.
     #[arg(long, default_value_t = 0, value_name = "P")]
     pub pairs: u32,
+}
+
+/// `projector train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Which models.
+    #[command(flatten)]
+    pub pair: PairArgs,
+    /// Samples.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub samples: u32,
+    /// What both read.
+    #[command(flatten)]
+    pub corpus: CorpusArgs,
     /// Source layers for each target layer: `last-aligned`, or how many nearest by relative depth.
     #[arg(long, default_value = "1", value_name = "MAP")]
     pub layers: String,
@@ -163,8 +171,9 @@ impl PairArgs {
     }
 }
 
-impl TrainArgs {
-    fn spec(&self) -> Result<TrainSpec, ToolError> {
+impl CorpusArgs {
+    /// So many samples of it, as specs have it.
+    pub(super) fn spec(&self, samples: u32) -> std::io::Result<CorpusSpec> {
         let text = match self.text.is_empty() {
             true => CorpusText::Couriers(Couriers {
                 values: self.values,
@@ -177,6 +186,12 @@ impl TrainArgs {
                 CorpusText::Files(self.text.iter().map(whole).collect::<std::io::Result<_>>()?)
             }
         };
+        Ok(CorpusSpec { text, samples })
+    }
+}
+
+impl TrainArgs {
+    fn spec(&self) -> Result<TrainSpec, ToolError> {
         let layers = match self.layers.as_str() {
             "last-aligned" => LayerMap::LastAligned,
             count => LayerMap::Proportional(
@@ -188,7 +203,7 @@ impl TrainArgs {
         Ok(TrainSpec {
             source: self.pair.source.clone(),
             target: self.pair.target.clone(),
-            corpus: CorpusSpec { text, samples: self.samples },
+            corpus: self.corpus.spec(self.samples)?,
             layers,
             method: Method::Ridge(RidgeRecipe { lambdas: self.lambdas.clone(), held_out_percent: self.held_out }),
             stage: Stage::Whole { shards: self.shards },

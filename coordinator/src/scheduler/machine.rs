@@ -280,7 +280,7 @@ impl Scheduler {
         else {
             return;
         };
-        let inputs = run.inputs(&spec);
+        let inputs = run.inputs_of(&spec, role);
         let start = StartSeat {
             attempt: id,
             role,

@@ -120,6 +120,15 @@ impl Run {
 
     /// Artifacts that a shard needs, by the names under which it knows them.
     pub fn inputs(&self, spec: &ShardSpec) -> Vec<Output> {
+        self.found(spec.needs())
+    }
+
+    /// Those that one of its seats reads.
+    pub fn inputs_of(&self, spec: &ShardSpec, role: Role) -> Vec<Output> {
+        self.found(spec.needs_of(role))
+    }
+
+    fn found(&self, needs: Vec<Need>) -> Vec<Output> {
         let found = |what: &Needed| match what {
             Needed::Artifact(artifact) => Some(artifact.clone()),
             Needed::Trained { training, output, optional } => {
@@ -129,7 +138,7 @@ impl Run {
             }
         };
         let named = |need: Need| found(&need.what).map(|artifact| Output { name: need.name, ..artifact });
-        spec.needs().into_iter().filter_map(named).collect()
+        needs.into_iter().filter_map(named).collect()
     }
 
     /// Samples of a training that count: those of its committed shards.

@@ -288,13 +288,18 @@ impl TrainSpec {
             };
             needs.extend(recipe.base.as_ref().map(|base| base.need(name, output, false)));
         }
-        if let (CorpusText::Files(files), Stage::Statistics(_) | Stage::Steps { .. }) = (&self.corpus.text, &self.stage)
-        {
-            needs.extend(
-                files.iter().filter_map(|file| stored_file(file)).map(|file| artifact(&file, file.name.clone())),
-            );
-        }
+        needs.extend(self.texts());
         needs
+    }
+
+    /// Files of the store that both seats read.
+    fn texts(&self) -> Vec<Need> {
+        let (CorpusText::Files(files), Stage::Statistics(_) | Stage::Steps { .. }) = (&self.corpus.text, &self.stage)
+        else {
+            return Vec::new();
+        };
+        let stored = files.iter().filter_map(|file| stored_file(file));
+        stored.map(|file| Need { name: file.name.clone(), what: Needed::Artifact(file) }).collect()
     }
 
     pub(super) fn summary(&self) -> String {
@@ -340,6 +345,15 @@ impl ShardSpec {
             Self::ProjectorTrain(spec) => spec.needs(),
             Self::ProjectorEval(spec) => spec.needs(),
             Self::Inspect(_) | Self::Transfer(_) | Self::Command(_) | Self::NoOp(_) => Vec::new(),
+        }
+    }
+
+    /// Those that one of its seats reads: a source reads texts, and no weights of projectors.
+    pub fn needs_of(&self, role: Role) -> Vec<Need> {
+        match (self, role) {
+            (Self::ProjectorTrain(spec), Role::Source) => spec.texts(),
+            (Self::ProjectorEval(_), Role::Source) => Vec::new(),
+            _ => self.needs(),
         }
     }
 }

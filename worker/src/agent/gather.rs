@@ -1,9 +1,11 @@
 //! Bringing artifacts that a seat needs to where its executor can read them, checked against their names on the way. What was
 //! brought lately is kept, so that a worker that takes part in every round brings what stays the same once.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use protocol::control::{Download, DownloadAnswer, Failure, FailureKind, Output, ToCoordinator, ToWorker};
@@ -12,6 +14,7 @@ use protocol::quic::{FrameReader, Received, write_frame};
 use protocol::store::Store;
 use quinn::{Connection, RecvStream};
 use tokio::io::AsyncWriteExt;
+use tokio::sync::Mutex as Turn;
 
 use super::backoff::{Backoff, random};
 use super::core::SeatId;
@@ -35,6 +38,8 @@ pub(super) struct Gatherer {
     pub(super) store: ToStore,
     /// Where artifacts lie by their hash; each is complete and checked.
     pub(super) shelf: PathBuf,
+    /// Artifacts on their way: both seats of a pair may ask for one at the same time, and it comes once.
+    pub(super) coming: Arc<Mutex<BTreeMap<ArtifactHash, Arc<Turn<()>>>>>,
 }
 
 impl Gatherer {
@@ -58,14 +63,24 @@ impl Gatherer {
             }
             let path = directory.join(&input.name);
             let shelved = self.shelf.join(input.hash.to_string());
+            let turn = self.turn(input.hash);
+            let mine = turn.lock().await;
             if std::fs::hard_link(&shelved, &path).is_err() {
                 bring(&self.store, seat, &input, &path).await?;
                 let bytes = std::fs::metadata(&path).map_or(input.bytes, |file| file.len());
                 shelve(&self.shelf, &shelved, &path, bytes);
             }
+            drop(mine);
             places.push((input.name, path.to_string_lossy().into_owned()));
         }
         Ok(places)
+    }
+
+    /// Whose turn it is to bring an artifact.
+    fn turn(&self, hash: ArtifactHash) -> Arc<Turn<()>> {
+        let mut coming = self.coming.lock().unwrap_or_else(PoisonError::into_inner);
+        coming.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(coming.entry(hash).or_default())
     }
 }
 

@@ -250,7 +250,7 @@ fn assemble(
     let worker = identity.worker;
     let store = ToStore { path: config.store, worker: worker.to_string(), threads, link: linked };
     let publisher = Publisher::new(store.clone(), outbox.clone());
-    let gatherer = Gatherer { store, shelf: state.inputs() };
+    let gatherer = Gatherer { store, shelf: state.inputs(), coming: Default::default() };
     let peer = client_config(&identity.credentials, ALPN_PEER)?;
     let receiving = Receiving {
         cluster: identity.cluster.clone(),

@@ -125,19 +125,34 @@ impl<'a> Round<'a> {
         round.placements
     }
 
-    /// A second attempt of a running shard on a device that has nothing to do, where `overtakes` holds: the fastest.
+    /// A second attempt of a running shard on devices that have nothing to do, where `overtakes` holds of the seat that takes
+    /// longest: the fastest.
     pub fn beside(view: View<'a>, shard: ShardId, overtakes: impl Fn(Expected) -> bool) -> Option<Placement> {
         let run = view.state.runs.get(&shard.run)?;
         let body = run.shards.get(shard.index as usize)?;
         let request = Request::of(view.state, run, shard.index, body);
         let mut round = Self::new(view, &Scope::All);
         let taken: Vec<_> = body.open_attempts().flat_map(|attempt| &attempt.seats).map(|seat| &seat.device).collect();
-        let idle = view.live.board.rows().filter(|(_, row)| row.lanes.is_empty() && !taken.contains(&&row.device));
-        let fits = idle.filter_map(|(id, _)| Some((id, round.fit(id, &request)?)));
-        let (row, fit) =
-            fits.filter(|(_, fit)| overtakes(fit.expected)).min_by_key(|(id, fit)| (fit.expected.ms, *id))?;
+        let is_idle = |row: &Row| row.lanes.is_empty() && !taken.contains(&&row.device);
+        let fits = match request.is_gang() {
+            true => {
+                let busy = view.live.board.rows().filter(|(_, row)| !is_idle(row));
+                round.held.extend(busy.map(|(id, _)| (id, view.now)));
+                round.gang(&request, World::Now)?
+            }
+            false => {
+                let idle = view.live.board.rows().filter(|(_, row)| is_idle(row));
+                let fits = idle.filter_map(|(id, _)| Some((id, round.fit(id, &request)?)));
+                let fits = fits.filter(|(_, fit)| overtakes(fit.expected));
+                vec![fits.min_by_key(|(id, fit)| (fit.expected.ms, *id))?]
+            }
+        };
+        let longest = fits.iter().map(|(_, fit)| fit.expected).max_by_key(|expected| expected.ms)?;
+        if !overtakes(longest) {
+            return None;
+        }
         let key = PoolKey { priority: std::cmp::Reverse(run.priority), account: run.account.clone() };
-        round.take(&key, shard, &request, &[(row, fit)]);
+        round.take(&key, shard, &request, &fits);
         round.placements.pop()
     }
 

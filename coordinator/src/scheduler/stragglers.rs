@@ -1,6 +1,7 @@
 //! Trying a straggler again elsewhere at a run's tail: the first attempt to finish counts, the other is cancelled.
 //!
-//! Only where nothing of the run waits any more, an idle device is expected to overtake, and the work has no effects beside
+//! A replica of a training that is far behind is such a tail: those who are done with their share of the round try it again,
+//! so that a box that stalls does not hold up the others for longer. Only where nothing of the run waits any more, an idle device is expected to overtake, and the work has no effects beside
 //! its artifacts: a researcher's program may not be run twice at once unasked.
 
 use protocol::experiment::ShardSpec;
@@ -21,9 +22,10 @@ const STRAGGLER_PERCENT: u64 = 200;
 impl Scheduler {
     /// Sets the time at which an attempt will be a straggler.
     pub(super) fn watch_straggler(&mut self, id: AttemptId, expected_ms: u64) {
-        let watched = self.state.shard(id.shard).is_some_and(|shard| {
-            shard.spec.roles().len() == 1 && !matches!(shard.spec, ShardSpec::Command(_) | ShardSpec::NoOp(_))
-        });
+        let watched = self
+            .state
+            .shard(id.shard)
+            .is_some_and(|shard| !matches!(shard.spec, ShardSpec::Command(_) | ShardSpec::NoOp(_)));
         if watched && expected_ms >= WATCHED_MS {
             self.live.timers.set(Timer::Straggler(id), self.now.plus_ms(expected_ms * STRAGGLER_PERCENT / 100));
         }

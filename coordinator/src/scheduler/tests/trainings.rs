@@ -114,7 +114,8 @@ fn ridge_is_statistics_in_any_order_and_one_solution() {
     };
     assert_eq!(parts, [made(1), made(2), made(3)]);
     let inputs = |index: u32| {
-        let start = starts.iter().find(|start| start.attempt.shard == shard(run, index)).unwrap();
+        let start =
+            starts.iter().find(|start| start.attempt.shard == shard(run, index) && start.role != Role::Source).unwrap();
         start.inputs.iter().map(|input| (input.name.as_str(), input.hash)).collect::<Vec<_>>()
     };
     let solved = &lab.state().runs[&run].trainings[0].outputs;
@@ -149,7 +150,10 @@ fn a_fuser_steps_and_meets_until_every_sample_is_counted() {
     let last: Vec<_> = (8..10).map(|index| of(index).samples().unwrap()).collect();
     assert_eq!((last[0].first, last[0].count, last[1].count, last[1].end()), (256, 24, 20, 300));
     let Stage::Outer { counted: 300, rounds: 3, .. } = of(10) else { panic!("{:?}", of(10)) };
-    let first = starts.iter().find(|start| start.attempt.shard == shard(run, 2)).unwrap();
+    let of_role =
+        |role| starts.iter().find(|start| start.attempt.shard == shard(run, 2) && start.role == role).unwrap();
+    assert!(of_role(Role::Source).inputs.is_empty(), "a source reads no weights");
+    let first = of_role(Role::Target);
     assert_eq!(first.inputs[0].name, "base.safetensors");
     assert_eq!(first.inputs[0].hash, lab.state().runs[&run].trainings[0].outputs[1].hash);
     assert_eq!(lab.state().runs[&run].state, RunState::Complete);
@@ -317,6 +321,49 @@ fn who_joins_or_leaves_matters_in_the_next_round() {
     assert!(lab.state().attempt(attempt).is_some());
     finish(&mut lab, shard(run, 4));
     assert_eq!(in_state(&lab, run, ShardState::Running).len(), 1, "alone again");
+}
+
+#[test]
+fn a_replica_that_stalls_is_overtaken_by_one_that_is_done() {
+    let mut lab = Lab::new();
+    let workers = [lab.online(), lab.online()];
+    let run = lab.submit_run(new_trainings(vec![training(fuser(64, None), 1_000, 2)]));
+    let play_round = |lab: &mut Lab| {
+        lab.wall_ms = 60_000;
+        for id in in_state(lab, run, ShardState::Running) {
+            finish(lab, id);
+        }
+        lab.wall_ms = 5;
+        let outer = in_state(lab, run, ShardState::Running)[0];
+        finish(lab, outer);
+    };
+    play_round(&mut lab);
+    let [done, stalled] = in_state(&lab, run, ShardState::Running)[..] else { panic!("two replicas") };
+    let (first, _) = lab.open(stalled);
+    finish(&mut lab, done);
+    for _ in 0..180 {
+        lab.pass_ms(1_000);
+        for worker in workers {
+            lab.hold_all(worker);
+            lab.beat(worker);
+        }
+    }
+    let attempts: Vec<_> = lab.state().shard(stalled).unwrap().open_attempts().collect();
+    assert_eq!(attempts.len(), 2, "{}", lab.sentence(stalled));
+    let second = AttemptId { shard: stalled, fence: attempts[1].fence };
+    let seats = attempts[1].seats.clone();
+    let was = lab.state().attempt(first).unwrap().seats[0].device.clone();
+    assert!(seats.iter().all(|seat| seat.device != was));
+    for seat in seats {
+        assert!(lab.finish(seat.device.worker, second, seat.role));
+    }
+    assert_eq!(lab.shard_state(stalled), ShardState::Committed);
+    let outer = in_state(&lab, run, ShardState::Running)[0];
+    assert!(matches!(stage(&lab, outer), Stage::Outer { round: 1, counted: 256, .. }));
+    assert_eq!(lab.state().runs[&run].samples_counted(0), 256);
+    assert!(!lab.finish(was.worker, first, Role::Target), "what comes late changes nothing");
+    finish(&mut lab, outer);
+    play_round(&mut lab);
 }
 
 #[test]

@@ -5,7 +5,7 @@ Job: train a ridge projector on made-up sentences, ask about facts that only the
 Wilson intervals, KL to the target's own reading, bytes and latency, and lines `bar NAME VALUE >= GOAL` (or <=), whether they
 hold or not. Then the reverse direction, refined by a fuser; then unseen values and binding over the breadth of training.
 
-Use: projector.py PATH-TO-bonepile-executor [--quick] [--models DIRECTORY] [--threads N]
+Use: projector.py PATH-TO-bonepile-executor [forward|reverse|breadth ...] [--quick] [--models DIRECTORY] [--threads N]
 """
 import argparse
 import json
@@ -23,6 +23,7 @@ REVERSE = ["--samples", "192", "--values", "16", "--names", "96", "--layers", "1
 FUSE = ["--samples", "160", "--values", "16", "--names", "96", "--hidden", "64", "--gate", "3", "--dropout", "0", "--batch", "4",
         "--micro-batch", "4", "--local-steps", "20", "--validate", "4", "--rate", "5e-4"]
 BREADTHS = (8, 32, 128, 400)
+PARTS = ["forward", "reverse", "breadth"]
 
 
 def wilson(right, count, z=1.96):
@@ -107,6 +108,7 @@ def above(tier, pair, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("executor")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all by default")
     parser.add_argument("--models")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--quick", action="store_true", help="the demo's projector only, 16 facts a tier")
@@ -118,18 +120,27 @@ def main():
             print(f"skipped: {missing[0]} is absent; `bonepile models pull --all` brings it")
             return
         facts = 16 if args.quick else 64
-        pair = f"{NAMES[SMOLLM2]}-{NAMES[GEMMA3]}"
-        ridge = bench.ridge(f"ridge-{pair}", SMOLLM2, GEMMA3, DEMO)
-        identity(pair, bench.evaluate(f"ridge-{pair}", SMOLLM2, GEMMA3, ridge, facts)["seen"], 0.95, 0.15)
-        if args.quick:
-            return
-        pair = f"{NAMES[GEMMA3]}-{NAMES[SMOLLM2]}"
-        ridge = bench.ridge(f"ridge-{pair}", GEMMA3, SMOLLM2, REVERSE)
-        rows = bench.evaluate(f"ridge-{pair}", GEMMA3, SMOLLM2, ridge, facts, ("seen",))["seen"]
-        print(f"reported: ridge {pair} accuracy {rows['projected']['accuracy']:.3f}, KL {rows['projected']['kl']:.3f}")
-        fuser = bench.fuser(f"fuser-{pair}", GEMMA3, SMOLLM2, ridge)
-        identity(pair, bench.evaluate(f"fuser-{pair}", GEMMA3, SMOLLM2, fuser, facts, ("seen",))["seen"], 0.97, 0.15)
-        breadth(bench, facts)
+        parts = ["forward"] if args.quick else args.parts or PARTS
+        for part in parts:
+            {"forward": forward, "reverse": reverse, "breadth": breadth}[part](bench, facts)
+
+
+def forward(bench, facts):
+    pair = f"{NAMES[SMOLLM2]}-{NAMES[GEMMA3]}"
+    ridge = bench.ridge(f"ridge-{pair}", SMOLLM2, GEMMA3, DEMO)
+    tiers = bench.evaluate(f"ridge-{pair}", SMOLLM2, GEMMA3, ridge, facts)
+    identity(pair, tiers["seen"], 0.95, 0.15)
+    for tier in ("unseen", "binding"):
+        above(tier, pair, tiers[tier])
+
+
+def reverse(bench, facts):
+    pair = f"{NAMES[GEMMA3]}-{NAMES[SMOLLM2]}"
+    ridge = bench.ridge(f"ridge-{pair}", GEMMA3, SMOLLM2, REVERSE)
+    rows = bench.evaluate(f"ridge-{pair}", GEMMA3, SMOLLM2, ridge, facts, ("seen",))["seen"]
+    print(f"reported: ridge {pair} accuracy {rows['projected']['accuracy']:.3f}, KL {rows['projected']['kl']:.3f}")
+    fuser = bench.fuser(f"fuser-{pair}", GEMMA3, SMOLLM2, ridge)
+    identity(pair, bench.evaluate(f"fuser-{pair}", GEMMA3, SMOLLM2, fuser, facts, ("seen",))["seen"], 0.97, 0.15)
 
 
 def breadth(bench, facts):
@@ -140,12 +151,12 @@ def breadth(bench, facts):
         recipe = ["--samples", "400", "--values", values, "--names", "320", "--wordings", "2", "--pairs", "25", "--layers", "1"]
         ridge = bench.ridge(name, SMOLLM2, GEMMA3, recipe)
         short = ("--conditions", "native,projected,shuffled", "--answer-tokens", "1")
-        curve.append((values, bench.evaluate(name, SMOLLM2, GEMMA3, ridge, 2 * facts, more=short)))
+        curve.append((values, bench.evaluate(name, SMOLLM2, GEMMA3, ridge, facts, more=short)))
     for tier in ("seen", "unseen", "binding"):
         points = (f"{values}: {rows[tier]['projected']['accuracy']:.3f}" for values, rows in curve)
         print(f"curve {tier} accuracy by values in training: {', '.join(points)}")
     for tier in ("unseen", "binding"):
-        above(tier, pair, curve[-1][1][tier])
+        above(tier, f"{pair}-broad", curve[-1][1][tier])
 
 
 if __name__ == "__main__":

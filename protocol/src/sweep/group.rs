@@ -19,7 +19,7 @@ pub(super) fn read(table: &mut TableReader<'_>, earlier: &[Group], first: u32) -
                 earlier.iter().map(|group| group.name.as_str()).filter(|name| !name.is_empty()).collect();
             let error = table.complain(
                 "after",
-                format!("no experiment above is called `{wanted}`; there are: {}", names.join(", ")),
+                format!("no experiment above is called `{wanted}`; there are: {}", super::listed(&names)),
             );
             return Err(match nearest(&wanted, names) {
                 Some(near) => error.hint(format!("did you mean `{near}`?")),

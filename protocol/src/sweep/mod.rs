@@ -215,6 +215,11 @@ fn read_model(cell: &mut TableReader<'_>, key: &'static str) -> Result<String, S
     }
 }
 
+/// Names to choose from, for a complaint.
+fn listed(names: &[&str]) -> String {
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
 fn small(cell: &mut TableReader<'_>, key: &'static str, min: u32, max: u32, default: u32) -> Result<u32, SourceError> {
     let number = cell.number(key, u64::from(min)..=u64::from(max), Some(u64::from(default)))?;
     Ok(u32::try_from(number).expect("the range ends at a u32"))

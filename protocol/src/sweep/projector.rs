@@ -26,7 +26,7 @@
 
 use toml::de::DeValue;
 
-use super::{read_model, small};
+use super::{listed, read_model, small};
 use crate::control::Output;
 use crate::error::{SourceError, nearest};
 use crate::experiment::projector::{
@@ -251,7 +251,7 @@ fn looked_up(
         let names = above.groups.iter().filter(|group| !group.trainings.is_empty()).map(|group| group.name.as_str());
         let names: Vec<_> = names.filter(|name| !name.is_empty()).collect();
         let error =
-            cell.complain(key, format!("no experiment above is called `{text}`; there are: {}", names.join(", ")));
+            cell.complain(key, format!("no experiment above is called `{text}`; there are: {}", listed(&names)));
         return Err(match nearest(text, names) {
             Some(near) => error.hint(format!("did you mean `{near}`?")),
             None => error.hint("a training stands before what uses it; one of the store is \"artifact:HASH\""),

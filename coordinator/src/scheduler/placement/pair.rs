@@ -46,10 +46,10 @@ impl Round<'_> {
                 return None;
             }
             let way_ms = self.view.transfer_ms(request, row, other_row);
-            let work_us = one.work_us.max(other.work_us).max(way_ms * 1000).max(1);
+            let work_us = one.work_us.max(other.work_us).max(way_ms.saturating_mul(1000)).max(1);
             let ms = one.ms.max(other.ms).max(way_ms);
             let fit = |row: &Row, seat: SeatNeed, expected: Expected| {
-                let load = (expected.work_us * u64::from(WHOLE)).div_ceil(work_us);
+                let load = expected.work_us.saturating_mul(u64::from(WHOLE)).div_ceil(work_us);
                 let seat = SeatNeed { load: u16::try_from(load).unwrap_or(WHOLE).clamp(1, WHOLE), ..seat };
                 let fits = matches!(self.view.rate(row, request, &seat, world), Reason::Fits { .. });
                 let bytes = self.view.need_bytes(request, &seat);
@@ -58,7 +58,7 @@ impl Round<'_> {
             };
             let fits = [(id, fit(row, first, one)?), (other_id, fit(other_row, second, other)?)];
             let free = [row, other_row].into_iter().filter(|row| row.lanes.is_empty()).count();
-            Some(((ms, free, Reverse(one.ms + other.ms), id, other_id), fits))
+            Some(((ms, free, Reverse(one.ms.saturating_add(other.ms)), id, other_id), fits))
         };
         let best = pairs.filter_map(pair).min_by_key(|(key, _)| *key)?;
         Some(best.1.to_vec())
